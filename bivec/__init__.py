@@ -1,0 +1,18 @@
+"""bivec: turn a pretrained Llama into a text encoder and run it as fast as the hardware allows."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine.encoder import Encoder
+
+__version__ = "0.1.0"
+__all__ = ["Encoder", "__version__"]
+
+
+def __getattr__(name: str):
+    # torch and transformers take seconds to import; `bivec --help` must not wait for them
+    if name == "Encoder":
+        from .engine.encoder import Encoder
+
+        return Encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The packed Llama encoder: configuration, tokens, packing, model, weights, `Encoder`."""

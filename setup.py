@@ -1,0 +1,48 @@
+"""All of bivec's packaging metadata; `pyproject.toml` configures tools only."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# each layer stands in a top-level folder and is linked into the package, so that only `bivec` is ever installed
+LAYERS = ("kernels", "engine", "serving", "benchmarks")
+
+setup(
+    name="bivec",
+    version="0.1.0",
+    description="Turn a pretrained Llama into a text encoder and run it as fast as the hardware allows.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["bivec", *(f"bivec.{layer}" for layer in LAYERS)],
+    package_data={"bivec": ["py.typed"]},
+    entry_points={"console_scripts": ["bivec = bivec.cli:main"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6; sys_platform == 'linux'",
+        "transformers>=5.3",
+        "huggingface-hub>=1.0",
+        "tokenizers>=0.22",
+        "peft>=0.18",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "numpy>=2.0",
+        "pyarrow>=20",
+        "typer>=0.20",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.7"],
+        "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
+        "test": ["pytest>=8", "hypothesis>=6.150", "scipy>=1.13", "build>=1.2", "ruff>=0.14", "mypy>=1.18"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
