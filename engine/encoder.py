@@ -1,0 +1,403 @@
+"""`Encoder`: text in, vectors out. The public face of the engine."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..kernels.pooling import POOLING_MODES, pool
+from . import checkpoints, ops
+from .adapters import merge_adapters
+from .config import load_config
+from .model import LanguageModel, LlamaModel
+from .packing import PackedBatch, pack
+from .runner import Runner
+from .selftest import check_mask
+from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer
+from .weights import checkpoint_files, encoder_name, language_model_name, load_weights
+
+Precision = Literal["float32", "float16", "int8"]
+PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+
+_WINDOW = 8192  # texts that are tokenised and packed together
+_SLAB_TOKENS = {"cpu": 4096, "cuda": 8192}
+_SLAB_SEQUENCES = 1024
+
+
+class Encoder:
+    """A bidirectional Llama that embeds text; a drop-in for `SentenceTransformer.encode`.
+
+    A text's vector is bitwise the same alone, in any batch, at any place, in any order.
+    Make one with `Encoder.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        tokenizer: TextTokenizer,
+        checkpoint: checkpoints.Checkpoint,
+        *,
+        pooling: str,
+        backend: str,
+        asked_dtype: str | torch.dtype = "auto",
+    ):
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
+        self.model = model
+        self.config = model.config
+        self.pooling = pooling
+        self.checkpoint = checkpoint
+        self.prompts, self.default_prompt_name = _read_prompts(checkpoint.tokenizer)
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._asked_dtype = asked_dtype
+        self._runner = Runner(model, backend)
+        self._self_test = check_mask(self._runner, self.config)
+        self._slab_tokens = max(_SLAB_TOKENS[self.device.type], self.max_length)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        adapters: Sequence[str | Path] = (),
+        pooling: str = "mean",
+        max_length: int = 512,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attention: str = "auto",
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Encoder":
+        """Load a model from the hub or a folder, make it bidirectional, merge its adapters, and test its mask.
+
+        Args:
+            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, or of a PEFT or LLM2Vec adapter.
+            adapters: further LoRA adapters, merged in this order.
+            pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens.
+            max_length: tokens a text is cut to, special tokens included.
+            device: `auto`, `cpu` or `cuda[:N]`.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
+            attention: `auto` or `sdpa`.
+            revision, token, cache_dir, local_files_only: as in huggingface_hub; `revision` is `model`'s.
+        Raises:
+            ValueError, FileNotFoundError: naming the file or argument and what was expected.
+        """
+        chosen_device = ops.choose_device(device)
+        chosen_dtype, _ = ops.choose_dtype(dtype, chosen_device)
+        backend = ops.choose_backend(attention, chosen_device)
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
+        checkpoint = checkpoints.resolve(model, tuple(adapters), hub)
+        config = load_config(checkpoint.base)
+        if max_length > config.max_position_embeddings:
+            warnings.warn(
+                f"max_length {max_length} is more than the model's {config.max_position_embeddings} positions: "
+                f"texts are cut to {config.max_position_embeddings} tokens",
+                stacklevel=2,
+            )
+            max_length = config.max_position_embeddings
+        tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
+        with torch.device("meta"):
+            llama = LlamaModel(config)
+        load_weights(llama, checkpoint_files(checkpoint.base), chosen_dtype, encoder_name)
+        merge_adapters(llama, checkpoint.adapters)
+        llama.to(chosen_device).eval()
+        return cls(llama, tokenizer, checkpoint, pooling=pooling, backend=backend, asked_dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._runner.dtype
+
+    @property
+    def max_length(self) -> int:
+        return self._tokenizer.max_length
+
+    @property
+    def tokenizer(self):
+        """The transformers tokenizer, unchanged."""
+        return self._tokenizer.hugging_face
+
+    def get_embedding_dimension(self) -> int:
+        """Elements of a vector when nothing is truncated."""
+        return self.config.hidden_size
+
+    def encode(
+        self,
+        sentences: str | Sequence[str] | Sequence[Sequence[str]],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] = "sentence_embedding",
+        precision: Precision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> Any:
+        """Embed texts; arguments as in sentence-transformers.
+
+        Args:
+            sentences: texts; one `str` gives one vector; `[[instruction, text], ...]` as in LLM2Vec, where a space
+                joins the two unless the instruction ends with white space.
+            prompt: put before each text as given; its tokens attend and are not pooled.
+            prompt_name: a key of `self.prompts`, instead of `prompt`.
+            batch_size: a hint that changes nothing: texts are packed by tokens.
+            show_progress_bar: default: on a terminal, when there is more than one pass to run.
+            output_value: `token_embeddings` gives one `(tokens, dim)` array of final hidden states a text.
+            precision: `float16` rounds; `int8` scales each vector by 127 / its largest magnitude, which keeps cosines
+                and depends on no other text.
+            convert_to_tensor: a torch tensor on the encoder's device instead of numpy.
+            truncate_dim: keep the leading dimensions, before normalisation.
+        Returns:
+            `(N, dim)`, or `(dim,)` for one `str`.
+        Raises:
+            ValueError: a text that cannot be embedded, with its place and the reason.
+        """
+        single = isinstance(sentences, str)
+        texts, prompts = self._texts_and_prompts(
+            [sentences] if isinstance(sentences, str) else sentences, prompt_name, prompt
+        )
+        if output_value == "token_embeddings":
+            embeddings = self._token_embeddings(texts, prompts, convert_to_numpy and not convert_to_tensor)
+            return embeddings[0] if single else embeddings
+        if output_value != "sentence_embedding":
+            raise ValueError(f"output_value must be sentence_embedding or token_embeddings, got {output_value!r}")
+        with tqdm(total=len(texts), unit="text", disable=not self._shows_progress(show_progress_bar, texts)) as bar:
+            vectors, reasons, _ = self.encode_rows(
+                texts,
+                prompt=prompts,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                precision=precision,
+                progress=lambda num_texts, _: bar.update(num_texts),
+            )
+        _raise_first(reasons)
+        if convert_to_tensor:
+            output: Any = torch.from_numpy(vectors).to(self.device)
+        else:
+            output = vectors if convert_to_numpy else list(torch.from_numpy(vectors))
+        return output[0] if single else output
+
+    def encode_query(self, sentences, prompt_name: str | None = None, prompt: str | None = None, **arguments) -> Any:
+        """`encode` with the prompt named `query`, where the model has one and none is given."""
+        if prompt is None and prompt_name is None and "query" in self.prompts:
+            prompt_name = "query"
+        return self.encode(sentences, prompt_name, prompt, **arguments)
+
+    def encode_document(self, sentences, prompt_name: str | None = None, prompt: str | None = None, **arguments) -> Any:
+        """`encode` with the prompt named `document`, `passage` or `corpus`, where the model has one and none is given."""
+        if prompt is None and prompt_name is None:
+            prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
+        return self.encode(sentences, prompt_name, prompt, **arguments)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarities, float32 `(N, M)`, of two sets of vectors."""
+        first, second = (
+            torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(embeddings)).float(), dim=-1)
+            for embeddings in (embeddings1, embeddings2)
+        )
+        return first @ second.T
+
+    def encode_rows(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | Sequence[str] = "",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> tuple[np.ndarray, list[str | None], int]:
+        """Embed what can be embedded and say of the rest why not; `encode` and embedding jobs stand on it.
+
+        Args:
+            prompt: one for all, or one a text.
+            progress: called as `progress(texts, tokens)` after each pass.
+        Returns:
+            vectors `(N, dim)` with zeros where there is a reason; a reason or None for each text; tokens run.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        dim = self.get_embedding_dimension()
+        if truncate_dim is not None and not 1 <= truncate_dim <= dim:
+            raise ValueError(f"truncate_dim must be from 1 to {dim}, got {truncate_dim}")
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
+        vectors = np.zeros((len(texts), truncate_dim or dim), dtype=PRECISIONS[precision])
+        reasons: list[str | None] = [None] * len(texts)
+        num_tokens = 0
+        for start in range(0, len(texts), _WINDOW):
+            end = min(start + _WINDOW, len(texts))
+            tokenized = self._tokenizer(texts[start:end], prompts[start:end])
+            rows = []
+            for row, result in enumerate(tokenized, start):
+                if isinstance(result, Rejected):
+                    reasons[row] = result.reason
+                else:
+                    rows.append(row)
+            found = [tokenized[row - start] for row in rows]
+            for slab, batch in self._slabs([text for text in found if isinstance(text, Tokenized)]):
+                pooled = pool(
+                    self._runner(batch),
+                    batch.cu_seqlens,
+                    pool_starts=batch.pool_starts,
+                    mode=self.pooling,  # type: ignore[arg-type]  # checked when the encoder was made
+                    norm_weight=self.model.norm.weight.detach(),
+                    norm_eps=self.config.rms_norm_eps,
+                    truncate_dim=truncate_dim,
+                    normalize=normalize_embeddings,
+                )
+                vectors[[rows[index] for index in slab]] = _quantize(pooled, precision).cpu().numpy()
+                num_tokens += batch.num_tokens
+                if progress is not None:
+                    progress(len(slab), batch.num_tokens)
+        return vectors, reasons, num_tokens
+
+    def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
+        """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
+        return self.model.norm(self.model(batch, backend=self._backend))
+
+    def language_model(self) -> LanguageModel:
+        """The original causal language model, read again from the base checkpoint: no adapter touches it."""
+        with torch.device("meta"):
+            model = LanguageModel(self.config)
+        load_weights(model, checkpoint_files(self.checkpoint.base), self.dtype, language_model_name)
+        return model.to(self.device).eval()
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded, which choices were made and why, and the self-test's result, for people and for logs."""
+        _, why_dtype = ops.choose_dtype(self._asked_dtype, self.device)
+        config = self.config
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        windows = sorted(set(config.bidirectional_windows))
+        return {
+            "model": {
+                "name": self.checkpoint.name,
+                "base": str(self.checkpoint.base),
+                "adapters": [str(adapter) for adapter in self.checkpoint.adapters],
+                "architecture": config.model_type,
+                "parameters": f"{parameters:,}",
+                "layers": config.num_hidden_layers,
+                "hidden size": config.hidden_size,
+                "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+                "rope": f"{config.rope.rope_type}, theta {config.rope.theta:g}",
+                "vocabulary": config.vocab_size,
+            },
+            "encoding": {
+                "mask": "bidirectional, window " + ", ".join(map(str, windows)),
+                "pooling": self.pooling,
+                "max length": f"{self.max_length} tokens (the model has {config.max_position_embeddings} positions)",
+                "prompts": self.prompts,
+            },
+            "backend": {
+                "device": _device_name(self.device),
+                "dtype": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
+                "attention": self._backend,
+                "row tiles": ", ".join(map(str, self._runner.tiles)),
+            },
+            "memory": {
+                "weights": f"{parameters * self.dtype.itemsize / 2**20:,.0f} MiB",
+                "weights packed for inference": f"{self._runner.packed_bytes / 2**20:,.0f} MiB",
+                "one pass": f"at most {self._runner.pass_bytes(self._slab_tokens) / 2**20:,.0f} MiB "
+                f"for {self._slab_tokens} tokens, beside attention's own",
+            },
+            "self-test": self._self_test,
+        }
+
+    def _texts_and_prompts(
+        self, sentences: Sequence, prompt_name: str | None, prompt: str | None
+    ) -> tuple[list[str], list[str]]:
+        if prompt is not None and prompt_name is not None:
+            raise ValueError("prompt and prompt_name must not both be given")
+        if prompt_name is not None and prompt_name not in self.prompts:
+            raise ValueError(f"prompt_name must be one of {sorted(self.prompts)}, got {prompt_name!r}")
+        if prompt is None:
+            prompt = self.prompts.get(prompt_name or self.default_prompt_name or "", "")
+        texts, prompts = [], []
+        for place, sentence in enumerate(sentences):
+            if isinstance(sentence, str):
+                texts.append(sentence)
+                prompts.append(prompt)
+            elif (
+                isinstance(sentence, list | tuple) and len(sentence) == 2 and all(isinstance(s, str) for s in sentence)
+            ):
+                instruction, text = sentence
+                texts.append(text)
+                prompts.append(instruction + " " if instruction and not instruction[-1].isspace() else instruction)
+            else:
+                raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
+        return texts, prompts
+
+    def _slabs(self, texts: Sequence[Tokenized]):
+        """Packed batches that hold all texts, each with the texts' places."""
+        for slab in pack([len(text.ids) for text in texts], self._slab_tokens, _SLAB_SEQUENCES):
+            chosen = [texts[index] for index in slab]
+            starts = [text.pool_start for text in chosen]
+            yield slab, PackedBatch.from_sequences([text.ids for text in chosen], starts, self.device)
+
+    def _token_embeddings(self, texts: Sequence[str], prompts: Sequence[str], as_numpy: bool) -> list:
+        """Final hidden states `(tokens, dim)` of each text, prompt and special tokens included, float32."""
+        tokenized = self._tokenizer(texts, prompts)
+        _raise_first([text.reason if isinstance(text, Rejected) else None for text in tokenized])
+        found = [text for text in tokenized if isinstance(text, Tokenized)]
+        embeddings: list = [None] * len(found)
+        for slab, batch in self._slabs(found):
+            hidden_states = self.model.norm(self._runner(batch)).detach().float()
+            for index, states in zip(slab, hidden_states.split(batch.seqlens), strict=True):
+                embeddings[index] = states.cpu().numpy() if as_numpy else states.clone()
+        return embeddings
+
+    def _shows_progress(self, show_progress_bar: bool | None, texts: Sequence[str]) -> bool:
+        if show_progress_bar is None:
+            return sys.stderr.isatty() and sum(map(len, texts)) > self._slab_tokens
+        return show_progress_bar
+
+
+def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Prompts by name and the default's name, from sentence-transformers' configuration where a folder has one."""
+    path = folder / "config_sentence_transformers.json"
+    if not path.is_file():
+        return {}, None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        prompts, default = values.get("prompts") or {}, values.get("default_prompt_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must be a JSON object") from error
+    if not all(isinstance(text, str) for text in prompts.values()) or default not in (None, *prompts):
+        raise ValueError(f"{path}: prompts must be strings and default_prompt_name one of them, got {default!r}")
+    return prompts, default
+
+
+def _quantize(vectors: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """Float32 vectors `(S, dim)` in the precision asked for."""
+    if precision == "int8":
+        largest = vectors.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (vectors * (127.0 / largest)).round().to(torch.int8)
+    return vectors.half() if precision == "float16" else vectors
+
+
+def _raise_first(reasons: Sequence[str | None]) -> None:
+    for place, reason in enumerate(reasons):
+        if reason is not None:
+            raise ValueError(f"sentences[{place}] cannot be embedded: {reason}")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"

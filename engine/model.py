@@ -1,0 +1,145 @@
+"""The packed Llama: hidden states `(T, E)` over concatenated sequences, module names as in transformers.
+
+This is the differentiable pass that training uses and the place where weights and adapters are loaded;
+`runner.py` fuses the same layers for embedding. Covers Llama, Mistral, Qwen2 and Qwen3.
+
+Shapes: T packed tokens, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import ops
+from .config import ModelConfig, Window
+from .packing import PackedBatch
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32 and rounded once."""
+    x = hidden_states.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight.float()).to(hidden_states.dtype)
+
+
+def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of each head `(T, H, D)` by the angles of `cos`, `sin` `(T, D / 2)`, float32 inside."""
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(size, config.num_attention_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (T, E)
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: PackedBatch,
+        window: Window,
+        backend: str,
+    ) -> torch.Tensor:
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        return self.o_proj(ops.attention(query, key, value, batch, window, backend).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, *attention_arguments) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *attention_arguments)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LlamaModel(nn.Module):
+    """The decoder stack. Which tokens see which is an argument of the pass, never a property of the weights."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, float32 `(T, D / 2)`, of each token's angles."""
+        frequencies = self.config.rope.inverse_frequencies(self.config.head_dim).to(positions.device)
+        angles = positions[:, None].float() * frequencies
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self, batch: PackedBatch, windows: Sequence[Window] | None = None, *, backend: str = "sdpa"
+    ) -> torch.Tensor:
+        """Last hidden states `(T, E)` before the final norm (`self.norm`), in the weights' dtype.
+
+        Args:
+            windows: one a layer, `(left, right)` with -1 for all; default: the configuration's, bidirectional.
+            backend: what `ops.choose_backend` gave.
+        """
+        hidden_states = self.embed_tokens(batch.input_ids)
+        cos, sin = self.rotary_tables(batch.positions)
+        for layer, window in zip(self.layers, windows or self.config.bidirectional_windows, strict=True):
+            hidden_states = layer(hidden_states, cos, sin, batch, window, backend)
+        return hidden_states
+
+
+class LanguageModel(nn.Module):
+    """The original causal language model: the base checkpoint with the causal window and its head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, batch: PackedBatch, *, backend: str = "sdpa") -> torch.Tensor:
+        """Logits `(T, V)` of the token that follows each token."""
+        hidden_states = self.model(batch, self.config.causal_windows, backend=backend)
+        return self.lm_head(self.model.norm(hidden_states))

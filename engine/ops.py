@@ -1,0 +1,166 @@
+"""The one place where a backend is chosen: attention over packed sequences, and linears for inference.
+
+Shapes: T packed tokens, H query heads, G key/value heads, D head dimension, B sequences of equal length L.
+"""
+
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from .config import Window
+from .packing import PackedBatch
+
+ATTENTION_BACKENDS = ("sdpa",)
+
+
+def choose_backend(attention: str, device: torch.device) -> str:
+    """The attention backend for `attention` ("auto" or a name) on `device`.
+
+    Raises:
+        ValueError: an explicit request that cannot be met; only "auto" chooses.
+    """
+    if attention == "auto":
+        return "sdpa"
+    if attention not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention must be auto or one of {', '.join(ATTENTION_BACKENDS)}, got {attention!r}")
+    return attention
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda[:N], got {str(device)!r}")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype and why: `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        if device.type == "cuda":
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16, "the GPU multiplies bfloat16 natively"
+            return torch.float16, "the GPU multiplies float16 but not bfloat16 natively"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "the processor has AVX512-BF16 or AMX"
+        return torch.float32, "the processor has neither AVX512-BF16 nor AMX"
+    chosen = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
+    if chosen not in names.values():
+        raise ValueError(f"dtype must be auto, {', '.join(names)}, got {dtype!r}")
+    if chosen is torch.float16 and device.type == "cpu":
+        raise ValueError("dtype float16 needs a CUDA device; on the CPU use float32 or bfloat16")
+    return chosen, "asked for"
+
+
+def attention(
+    query: torch.Tensor,  # (T, H, D)
+    key: torch.Tensor,  # (T, G, D)
+    value: torch.Tensor,  # (T, G, D)
+    batch: PackedBatch,
+    window: Window,
+    backend: str,
+    out: torch.Tensor | None = None,  # (T, H, D)
+) -> torch.Tensor:
+    """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given."""
+    if backend != "sdpa":
+        raise ValueError(f"backend must be sdpa, got {backend!r}")
+    outputs = []
+    for first, count, length in batch.equal_length_runs:
+        rows = slice(first, first + count * length)
+        parts = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+        output = _equal_length_attention(*parts, window).flatten(0, 1)
+        if out is None:
+            outputs.append(output)
+        else:
+            out[rows] = output
+    if out is not None:
+        return out
+    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def _equal_length_attention(
+    query: torch.Tensor,  # (B, L, H, D)
+    key: torch.Tensor,  # (B, L, G, D)
+    value: torch.Tensor,  # (B, L, G, D)
+    window: Window,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` over sequences of one length; `(B, L, H, D)`."""
+    length = query.shape[1]
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=_window_mask(length, window, query.device),
+        is_causal=_is_plain_causal(length, window),
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+def _is_plain_causal(length: int, window: Window) -> bool:
+    left, right = window
+    return right == 0 and (left < 0 or left >= length - 1)
+
+
+def _window_mask(length: int, window: Window, device: torch.device) -> torch.Tensor | None:
+    """Boolean `(L, L)`, true where the query (row) sees the key; None where SDPA needs no mask."""
+    left, right = window
+    sees_all = (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1)
+    if sees_all or _is_plain_causal(length, window):
+        return None
+    places = torch.arange(length, device=device)
+    distance = places[None, :] - places[:, None]  # key minus query
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance >= -left
+    if right >= 0:
+        visible &= distance <= right
+    return visible
+
+
+Activation = Literal["none", "silu"]
+
+
+class PackedLinear:
+    """`activation(x @ weight.T + bias)`, then `* multiply` or `+ add`, without gradient, over a few fixed row counts.
+
+    On the CPU the weight is reordered once for oneDNN and what follows the product is done on its way to memory.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self.num_bytes = weight.numel() * weight.element_size()
+        self.uses_onednn = (
+            weight.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+        # 256 is a hint of the number of rows; the result does not depend on it
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 256) if self.uses_onednn else weight
+
+    def __call__(
+        self,
+        x: torch.Tensor,  # (rows, in)
+        *,
+        activation: Activation = "none",
+        multiply: torch.Tensor | None = None,  # (rows, out)
+        add: torch.Tensor | None = None,  # (rows, out)
+    ) -> torch.Tensor:
+        if not self.uses_onednn:
+            y = F.linear(x, self.weight, self.bias)
+            y = F.silu(y) if activation == "silu" else y
+            y = y * multiply if multiply is not None else y
+            return y + add if add is not None else y
+        if multiply is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, multiply, self.weight, self.bias, "mul")
+        if add is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.weight, self.bias, "add")
+        name = "swish" if activation == "silu" else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], "")

@@ -1,0 +1,112 @@
+"""Small checkpoints made on the spot, and real data where it lies beside the repository."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+TRAINING_TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "a packed batch holds many sequences side by side",
+    "bidirectional attention lets every token see every other token",
+    "München, naïve café, 北京, emoji 😀 and punctuation!?",
+] * 4
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# what each architecture adds; every text in the tests is longer than its window and its original context
+ARCHITECTURES = {
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "llama-bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 16},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+}
+
+
+def save_tokenizer(folder: Path, bos: bool = True) -> int:
+    """Train a byte-level BPE of a few hundred tokens into `folder`; returns its size."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def save_checkpoint(folder: Path, architecture: str = "llama", seed: int = 0, bos: bool = True, **changes) -> Path:
+    """A random checkpoint of one architecture as transformers writes it, norms and biases random too."""
+    vocab_size = save_tokenizer(folder, bos)
+    arguments = TINY | ARCHITECTURES[architecture] | {"vocab_size": vocab_size} | changes
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON file; a value of None deletes the key."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folders(tmp_path_factory) -> dict[str, Path]:
+    return {name: save_checkpoint(tmp_path_factory.mktemp(name), name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(checkpoint_folders) -> Path:
+    return checkpoint_folders["llama"]
+
+
+@pytest.fixture
+def fresh_llama_folder(tmp_path) -> Path:
+    """A checkpoint of one's own, to break."""
+    return save_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data is not beside the repository ({SHARED_DATA.name})")
+    return SHARED_DATA
