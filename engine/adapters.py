@@ -80,7 +80,8 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> None:
             for pair in (module.lora_A, module.lora_B):
                 if name in pair:
                     pair[name].float()
-    expected = {_plain(key): (key, value) for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    made = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = {_plain(key): (key, value) for key, value in made.items()}
     loaded: dict[str, torch.Tensor] = {}
     problems = []
     for _, file_key, tensor in read_tensors([path]):

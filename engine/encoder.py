@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
 from .adapters import merge_adapters
 from .config import load_config
+from .description import describe
 from .model import LanguageModel, LlamaModel
 from .packing import PackedBatch, pack
 from .runner import Runner
@@ -55,11 +55,11 @@ class Encoder:
         self.checkpoint = checkpoint
         self.prompts, self.default_prompt_name = _read_prompts(checkpoint.tokenizer)
         self._tokenizer = tokenizer
-        self._backend = backend
-        self._asked_dtype = asked_dtype
-        self._runner = Runner(model, backend)
-        self._self_test = check_mask(self._runner, self.config)
-        self._slab_tokens = max(_SLAB_TOKENS[self.device.type], self.max_length)
+        self.backend = backend
+        self.asked_dtype = asked_dtype
+        self.runner = Runner(model, backend)
+        self.self_test = check_mask(self.runner, self.config)
+        self.slab_tokens = max(_SLAB_TOKENS[self.device.type], self.max_length)
 
     @classmethod
     def from_pretrained(
@@ -79,10 +79,11 @@ class Encoder:
         """Load a model from the hub or a folder, make it bidirectional, merge its adapters, and test its mask.
 
         Args:
-            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, or of a PEFT or LLM2Vec adapter.
+            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, or of a PEFT or LLM2Vec
+                adapter of one.
             adapters: further LoRA adapters, merged in this order.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens.
-            max_length: tokens a text is cut to, special tokens included.
+            max_length: tokens a text is cut to, special tokens included; never more than the model has positions.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto` or `sdpa`.
@@ -100,13 +101,7 @@ class Encoder:
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
         checkpoint = checkpoints.resolve(model, tuple(adapters), hub)
         config = load_config(checkpoint.base)
-        if max_length > config.max_position_embeddings:
-            warnings.warn(
-                f"max_length {max_length} is more than the model's {config.max_position_embeddings} positions: "
-                f"texts are cut to {config.max_position_embeddings} tokens",
-                stacklevel=2,
-            )
-            max_length = config.max_position_embeddings
+        max_length = min(max_length, config.max_position_embeddings)
         tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
         with torch.device("meta"):
             llama = LlamaModel(config)
@@ -117,11 +112,11 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        return self._runner.device
+        return self.runner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._runner.dtype
+        return self.runner.dtype
 
     @property
     def max_length(self) -> int:
@@ -201,7 +196,7 @@ class Encoder:
         return self.encode(sentences, prompt_name, prompt, **arguments)
 
     def encode_document(self, sentences, prompt_name: str | None = None, prompt: str | None = None, **arguments) -> Any:
-        """`encode` with the prompt named `document`, `passage` or `corpus`, where the model has one and none is given."""
+        """`encode` with the prompt named `document`, `passage` or `corpus`, if the model has one and none is given."""
         if prompt is None and prompt_name is None:
             prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
         return self.encode(sentences, prompt_name, prompt, **arguments)
@@ -253,7 +248,7 @@ class Encoder:
             found = [tokenized[row - start] for row in rows]
             for slab, batch in self._slabs([text for text in found if isinstance(text, Tokenized)]):
                 pooled = pool(
-                    self._runner(batch),
+                    self.runner(batch),
                     batch.cu_seqlens,
                     pool_starts=batch.pool_starts,
                     mode=self.pooling,  # type: ignore[arg-type]  # checked when the encoder was made
@@ -262,7 +257,12 @@ class Encoder:
                     truncate_dim=truncate_dim,
                     normalize=normalize_embeddings,
                 )
-                vectors[[rows[index] for index in slab]] = _quantize(pooled, precision).cpu().numpy()
+                places = [rows[index] for index in slab]
+                finite = pooled.isfinite().all(dim=-1, keepdim=True)
+                vectors[places] = _quantize(pooled.where(finite, 0), precision).cpu().numpy()
+                for place, good in zip(places, finite.flatten().tolist(), strict=True):
+                    if not good:
+                        reasons[place] = "the model gives a vector that is not finite"
                 num_tokens += batch.num_tokens
                 if progress is not None:
                     progress(len(slab), batch.num_tokens)
@@ -270,7 +270,7 @@ class Encoder:
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
-        return self.model.norm(self.model(batch, backend=self._backend))
+        return self.model.norm(self.model(batch, backend=self.backend))
 
     def language_model(self) -> LanguageModel:
         """The original causal language model, read again from the base checkpoint: no adapter touches it."""
@@ -280,44 +280,8 @@ class Encoder:
         return model.to(self.device).eval()
 
     def describe(self) -> dict[str, Any]:
-        """What was loaded, which choices were made and why, and the self-test's result, for people and for logs."""
-        _, why_dtype = ops.choose_dtype(self._asked_dtype, self.device)
-        config = self.config
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        windows = sorted(set(config.bidirectional_windows))
-        return {
-            "model": {
-                "name": self.checkpoint.name,
-                "base": str(self.checkpoint.base),
-                "adapters": [str(adapter) for adapter in self.checkpoint.adapters],
-                "architecture": config.model_type,
-                "parameters": f"{parameters:,}",
-                "layers": config.num_hidden_layers,
-                "hidden size": config.hidden_size,
-                "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
-                "rope": f"{config.rope.rope_type}, theta {config.rope.theta:g}",
-                "vocabulary": config.vocab_size,
-            },
-            "encoding": {
-                "mask": "bidirectional, window " + ", ".join(map(str, windows)),
-                "pooling": self.pooling,
-                "max length": f"{self.max_length} tokens (the model has {config.max_position_embeddings} positions)",
-                "prompts": self.prompts,
-            },
-            "backend": {
-                "device": _device_name(self.device),
-                "dtype": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
-                "attention": self._backend,
-                "row tiles": ", ".join(map(str, self._runner.tiles)),
-            },
-            "memory": {
-                "weights": f"{parameters * self.dtype.itemsize / 2**20:,.0f} MiB",
-                "weights packed for inference": f"{self._runner.packed_bytes / 2**20:,.0f} MiB",
-                "one pass": f"at most {self._runner.pass_bytes(self._slab_tokens) / 2**20:,.0f} MiB "
-                f"for {self._slab_tokens} tokens, beside attention's own",
-            },
-            "self-test": self._self_test,
-        }
+        """What was loaded, which choices were made and why, and the self-test's result; texts, numbers and lists."""
+        return describe(self)
 
     def _texts_and_prompts(
         self, sentences: Sequence, prompt_name: str | None, prompt: str | None
@@ -345,7 +309,7 @@ class Encoder:
 
     def _slabs(self, texts: Sequence[Tokenized]):
         """Packed batches that hold all texts, each with the texts' places."""
-        for slab in pack([len(text.ids) for text in texts], self._slab_tokens, _SLAB_SEQUENCES):
+        for slab in pack([len(text.ids) for text in texts], self.slab_tokens, _SLAB_SEQUENCES):
             chosen = [texts[index] for index in slab]
             starts = [text.pool_start for text in chosen]
             yield slab, PackedBatch.from_sequences([text.ids for text in chosen], starts, self.device)
@@ -357,14 +321,14 @@ class Encoder:
         found = [text for text in tokenized if isinstance(text, Tokenized)]
         embeddings: list = [None] * len(found)
         for slab, batch in self._slabs(found):
-            hidden_states = self.model.norm(self._runner(batch)).detach().float()
+            hidden_states = self.model.norm(self.runner(batch)).detach().float()
             for index, states in zip(slab, hidden_states.split(batch.seqlens), strict=True):
                 embeddings[index] = states.cpu().numpy() if as_numpy else states.clone()
         return embeddings
 
     def _shows_progress(self, show_progress_bar: bool | None, texts: Sequence[str]) -> bool:
         if show_progress_bar is None:
-            return sys.stderr.isatty() and sum(map(len, texts)) > self._slab_tokens
+            return sys.stderr.isatty() and sum(map(len, texts)) > self.slab_tokens
         return show_progress_bar
 
 
@@ -395,9 +359,3 @@ def _raise_first(reasons: Sequence[str | None]) -> None:
     for place, reason in enumerate(reasons):
         if reason is not None:
             raise ValueError(f"sentences[{place}] cannot be embedded: {reason}")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import ops
 from .config import ModelConfig, Window
+from .ops import attention
 from .packing import PackedBatch
 
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        return self.o_proj(ops.attention(query, key, value, batch, window, backend).flatten(1))
+        return self.o_proj(attention(query, key, value, batch, window, backend).flatten(1))
 
 
 class MLP(nn.Module):

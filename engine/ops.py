@@ -51,7 +51,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.
             return torch.bfloat16, "the processor has AVX512-BF16 or AMX"
         return torch.float32, "the processor has neither AVX512-BF16 nor AMX"
     chosen = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
-    if chosen not in names.values():
+    if chosen is None or chosen not in names.values():
         raise ValueError(f"dtype must be auto, {', '.join(names)}, got {dtype!r}")
     if chosen is torch.float16 and device.type == "cpu":
         raise ValueError("dtype float16 needs a CUDA device; on the CPU use float32 or bfloat16")
@@ -73,8 +73,8 @@ def attention(
     outputs = []
     for first, count, length in batch.equal_length_runs:
         rows = slice(first, first + count * length)
-        parts = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
-        output = _equal_length_attention(*parts, window).flatten(0, 1)
+        q, k, v = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+        output = _equal_length_attention(q, k, v, window).flatten(0, 1)
         if out is None:
             outputs.append(output)
         else:

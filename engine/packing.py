@@ -18,7 +18,7 @@ class PackedBatch:
     Attributes:
         input_ids: int64 `(T,)`.
         positions: int64 `(T,)`, each token's place in its own sequence.
-        cu_seqlens: int32 `(S + 1,)`, the sequences' bounds: sequence `i` is `input_ids[cu_seqlens[i]:cu_seqlens[i + 1]]`.
+        cu_seqlens: int32 `(S + 1,)`, bounds: sequence `i` is `input_ids[cu_seqlens[i]:cu_seqlens[i + 1]]`.
         seqlens: the same lengths on the host, so that nothing has to wait for the device.
         pool_starts: int32 `(S,)`, the first token of each sequence that is pooled (after its instruction).
     """
@@ -39,7 +39,7 @@ class PackedBatch:
 
     @cached_property
     def equal_length_runs(self) -> tuple[tuple[int, int, int], ...]:
-        """Neighbouring sequences of one length as `(first token, number of sequences, length)`; empty ones are left out."""
+        """Neighbouring sequences of one length: `(first token, number of sequences, length)`, empty ones left out."""
         runs: list[tuple[int, int, int]] = []
         start = 0
         for length in self.seqlens:

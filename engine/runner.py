@@ -56,7 +56,7 @@ class Runner:
         self.backend = backend
         self.embeddings = model.embed_tokens.weight.detach()
         self.device, self.dtype = self.embeddings.device, self.embeddings.dtype
-        self.layers = [FusedLayer(layer) for layer in model.layers]
+        self.layers = [FusedLayer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
         self._rotary_tables = model.rotary_tables
         self.tiles = self._agreeing_tiles(TILES[self.device.type])
 

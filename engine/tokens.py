@@ -75,7 +75,9 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    # a special token that nothing produces (a padding token added later) may lie beyond the embeddings
+    unused = set(tokenizer.all_special_ids) - set(tokenizer("")["input_ids"])
+    largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token id {largest}, but the model has {vocab_size} embeddings")
     return tokenizer

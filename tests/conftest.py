@@ -1,6 +1,5 @@
 """Small checkpoints made on the spot, and real data where it lies beside the repository."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -83,12 +82,6 @@ def save_checkpoint(folder: Path, architecture: str = "llama", seed: int = 0, bo
     return folder
 
 
-def edit_json(path: Path, **changes) -> None:
-    """Change keys of a JSON file; a value of None deletes the key."""
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-
 @pytest.fixture(scope="session")
 def checkpoint_folders(tmp_path_factory) -> dict[str, Path]:
     return {name: save_checkpoint(tmp_path_factory.mktemp(name), name) for name in ARCHITECTURES}
@@ -97,6 +90,12 @@ def checkpoint_folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_llama_folder(checkpoint_folders) -> Path:
     return checkpoint_folders["llama"]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint():
+    """`save_checkpoint`, for tests that need a checkpoint of their own."""
+    return save_checkpoint
 
 
 @pytest.fixture

@@ -1,0 +1,310 @@
+"""Embedding from strings: bivec against sentence-transformers, on the same checkpoint and the same texts.
+
+    python -m bivec.benchmarks.embed --shape 135M --tokenizer tokenizer.json.gz --output embed-135M.json
+    python -m bivec.benchmarks.embed --quick
+
+The checkpoint is random, of a named shape. sentence-transformers runs at its defaults (float32, batch 32) and at its
+best setting, the faster of the two that win a sweep in the same run; its model is made bidirectional and shown to be.
+Tokens are those of the texts, padding never counts. A speed-up is reported only where the timed vectors agree with
+sentence-transformers' in float32; where they do not, the exit status is 1. Few texts flatter bivec: the fewer there
+are, the more padding is in a sorted batch of 32.
+"""
+
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .machine import describe_machine, other_cpu_seconds
+from .shapes import SHAPES, linear_rates, write_checkpoint
+from .texts import DATA, read_lines, real_mix, synthetic_mix, token_counts
+from .timing import Timing, argument_parser, error_text, measure, ratio, report, table
+
+PEER = "sentence-transformers"
+DEFAULT = f"{PEER} float32, batch 32"
+# of every text's vector with the reference's, seen from the reference's mean: what all texts share must not count
+LEAST_COSINE = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.995}
+LATENCY_TOKENS = 12
+
+Encode = Callable[[list[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to embed texts, or the reason why it is not there."""
+
+    name: str
+    dtype: str
+    encode: Encode | str
+    batch_size: int | None = None
+
+    def variant(self, texts: list[str], vectors: dict[str, np.ndarray] | None = None) -> Callable[[], None] | str:
+        """What the harness times; the vectors of its last call are left in `vectors`."""
+        if isinstance(self.encode, str):
+            return self.encode
+        encode = self.encode
+
+        def run() -> None:
+            result = encode(texts)
+            if vectors is not None:
+                vectors[self.name] = result
+
+        return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="135M")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
+    parser.add_argument("--texts", type=Path, help="a text a line, may end in .gz; else a mix of real ones from --data")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="holds wiki/*.gz and tatoeba/*.gz (default: %(default)s)"
+    )
+    parser.add_argument("--synthetic", action="store_true", help="made-up texts, which need no data")
+    parser.add_argument("--num-texts", type=int)
+    parser.add_argument("--max-length", type=int, default=512)
+    arguments = parser.parse_args(argv)
+    shape_name = "quick" if arguments.quick else arguments.shape
+    device = torch.device(arguments.device)
+    on_cuda = device.type == "cuda"
+    num_texts = arguments.num_texts or (24 if arguments.quick else 8192 if on_cuda else 256)
+    rounds = arguments.rounds or (2 if arguments.quick else 7 if on_cuda else 3)
+    latency_rounds = 5 if arguments.quick else 40
+    mix, texts = choose_texts(arguments.texts, arguments.data, arguments.synthetic, num_texts)
+    shape = SHAPES[shape_name]
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(shape, folder, texts, tokenizer=arguments.tokenizer, device=str(device))
+        models = load_peer_models(folder, device, arguments.max_length)
+        peers = peer_contenders(models, device)
+        ours = [load_bivec(folder, choice, device, arguments.max_length) for choice in ("auto", "float32")]
+        lengths, short = describe_texts(folder, texts, arguments.max_length)
+
+    start, others_before = time.perf_counter(), other_cpu_seconds()
+    # wall time from strings to numpy, on CUDA too
+    clocked = functools.partial(measure, device=device, clock=time.perf_counter)
+    half = texts[: max(len(texts) // 2, 1)]
+    others = [peer for peer in peers if peer.name != DEFAULT]
+    sweep = clocked({peer.name: peer.variant(half) for peer in others}, rounds=1, warmup=1)
+    print(table([timing.row() for timing in sweep.values()]), file=sys.stderr, flush=True)
+    finalists = sorted((t for t in sweep.values() if not t.skipped), key=lambda t: t.median)[:2]
+
+    entrants = [peer for peer in peers if peer.name in (DEFAULT, *(t.name for t in finalists))] + ours
+    latencies = clocked({e.name: e.variant([short]) for e in entrants}, rounds=latency_rounds, warmup=3)
+    vectors: dict[str, np.ndarray] = {}  # of the very calls that are timed
+    timings = clocked({e.name: e.variant(texts, vectors) for e in entrants}, rounds=rounds, warmup=2 if on_cuda else 1)
+    best = fastest(timings)
+    best_latency = fastest(latencies)
+    others_after, seconds = other_cpu_seconds(), time.perf_counter() - start
+    disturbance = None if others_before is None else (others_after - others_before) / seconds
+    dtypes = sorted({entrant.dtype for entrant in entrants if not isinstance(entrant.encode, str)})
+    rates = {dtype: linear_rates(shape, getattr(torch, dtype), device) for dtype in dtypes}
+    control = causal_control(models["float32", "sdpa"], texts, vectors.get(DEFAULT))
+
+    rows = []
+    for entrant in entrants:
+        timing, latency = timings[entrant.name], latencies[entrant.name]
+        rate = rates.get(entrant.dtype, {}).get("best")
+        row = timing.row() | {"dtype": entrant.dtype} | throughput(timing, lengths, shape.flops_per_token, rate)
+        row["latency_s"] = latency.quartiles()
+        row |= agreement(entrant, vectors, control)
+        if row["refused"] is None:
+            row["speedup_over_default"] = ratio(timings[DEFAULT], timing)
+            row["speedup_over_best"] = ratio(best, timing)
+            row["latency_over_peer"] = ratio(latency, best_latency)
+        rows.append(row)
+    report(
+        "embed",
+        rows,
+        machine=describe_machine(device),
+        output=arguments.output,
+        shape=shape_name,
+        mix=mix,
+        tokenizer=str(arguments.tokenizer or "trained on the texts"),
+        tokens=lengths,
+        max_length=arguments.max_length,
+        linear_rates=rates,
+        causal_control_cosine=control,
+        cores_busy_elsewhere=disturbance,
+        best_peer=best.name,
+        best_peer_latency=best_latency.name,
+        sweep=[timing.row() for timing in sweep.values()],
+    )
+    if disturbance is not None and disturbance > 0.05:
+        print(f"other processes kept {disturbance:.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    return 1 if any(row["least_cosine"] is not None and row["refused"] for row in rows) else 0
+
+
+def fastest(timings: dict[str, Timing]) -> Timing:
+    """sentence-transformers' best setting among those measured; without any, a timing that was skipped."""
+    ran = [timing for name, timing in timings.items() if name.startswith(PEER) and not timing.skipped]
+    return min(ran, key=lambda timing: timing.median, default=Timing("none", skipped=f"{PEER} did not run"))
+
+
+def choose_texts(file: Path | None, data: Path, synthetic: bool, count: int) -> tuple[str, list[str]]:
+    """What the texts are, for the result, and the texts."""
+    if file is not None:
+        texts = [line for line in read_lines(file) if line.strip()][:count]
+        return str(file), texts
+    if not synthetic:
+        try:
+            return "real: 1/2 Wikipedia sentences, 1/4 Wikipedia paragraphs, 1/4 Tatoeba", real_mix(count, data)
+        except FileNotFoundError as error:
+            print(f"{error}; made-up texts are used", file=sys.stderr)
+    return "synthetic", synthetic_mix(count)
+
+
+def describe_texts(folder: str, texts: list[str], max_length: int) -> tuple[dict, str]:
+    """The texts' token counts, and a text of exactly LATENCY_TOKENS tokens made of their words."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = " ".join(texts).split()
+    short = ""
+    for word in words:
+        longer = f"{short} {word}".strip()
+        num_tokens = len(tokenizer(longer)["input_ids"])
+        if num_tokens <= LATENCY_TOKENS:
+            short = longer
+        if num_tokens == LATENCY_TOKENS:
+            return token_counts(texts, tokenizer, max_length)[1], short
+    raise ValueError(f"the texts' words make no text of {LATENCY_TOKENS} tokens")
+
+
+def load_bivec(folder: str, choice: str, device: torch.device, max_length: int) -> Contender:
+    """bivec with `choice` as its dtype."""
+    name = f"bivec {choice}"
+    try:
+        from bivec import Encoder
+
+        encoder = Encoder.from_pretrained(folder, dtype=choice, device=str(device), max_length=max_length)
+    except Exception as error:
+        return Contender(name, choice, error_text(error))
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    return Contender(name, dtype, lambda texts: encoder.encode(texts, show_progress_bar=False))
+
+
+def load_peer_models(folder: str, device: torch.device, max_length: int) -> dict:
+    """sentence-transformers' model, or the reason why there is none, by dtype and attention."""
+    kinds = [("float32", "sdpa"), ("bfloat16", "sdpa")]
+    if device.type == "cuda":
+        kinds.append(("bfloat16", "flash_attention_2"))  # with it, sentence-transformers leaves padding out
+    return {kind: load_sentence_transformer(folder, *kind, device, max_length) for kind in kinds}
+
+
+def peer_contenders(models: dict, device: torch.device) -> list[Contender]:
+    """sentence-transformers in every setting that the sweep tries, and at its defaults."""
+    if device.type == "cuda":
+        batch_sizes = {"float32": (32,), "bfloat16": (32, 128, 512)}
+    else:
+        batch_sizes = {"float32": (8, 16, 32), "bfloat16": (4, 8, 16, 32)}
+    return [
+        Contender(
+            f"{PEER} {dtype}, batch {size}" + ("" if attention == "sdpa" else f", {attention}"),
+            dtype,
+            _peer_encode(model, size),
+            size,
+        )
+        for (dtype, attention), model in models.items()
+        for size in batch_sizes[dtype]
+    ]
+
+
+def _peer_encode(model, batch_size: int) -> Encode | str:
+    if isinstance(model, str):
+        return model
+    return lambda texts: model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+
+
+def load_sentence_transformer(folder: str, dtype: str, attention: str, device: torch.device, max_length: int):
+    """The checkpoint as a bidirectional SentenceTransformer with mean pooling, or the reason why there is none."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        transformer = Transformer(
+            folder,
+            max_seq_length=max_length,
+            model_kwargs={"dtype": getattr(torch, dtype), "attn_implementation": attention},
+        )
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+        model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
+        # given through config_kwargs it is dropped without a word (6.2), so it is set where the layers read it
+        model[0].auto_model.config.is_causal = False
+        if not sees_future(model):
+            return "the model stayed causal with is_causal=False"
+    except Exception as error:
+        return error_text(error)
+    return model
+
+
+@torch.inference_mode()
+def sees_future(model) -> bool:
+    """Whether the first token's state changes with the last token."""
+    llama = model[0].auto_model
+    ids = torch.arange(3, 11, device=llama.device)[None]
+    changed = ids.clone()
+    changed[0, -1] = 11
+    masks = torch.ones_like(ids)
+    first, second = (llama(input_ids=x, attention_mask=masks).last_hidden_state[0, 0].float() for x in (ids, changed))
+    return bool((first - second).abs().max() > 1e-4 * first.abs().max())
+
+
+def causal_control(model, texts: list[str], reference: np.ndarray | None, count: int = 32) -> float | None:
+    """The median cosine of the same model's causal vectors: what a wrong mask gives, well below LEAST_COSINE."""
+    if reference is None:
+        return None
+    config = model[0].auto_model.config
+    config.is_causal = True
+    try:
+        causal = model.encode(texts[:count], show_progress_bar=False)
+    finally:
+        config.is_causal = False
+    return float(np.median(centred_cosines(causal, reference[:count], reference.mean(0))))
+
+
+def centred_cosines(vectors: np.ndarray, reference: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Each text's cosine with the reference's vector of it, both seen from `centre`."""
+    a, b = (np.asarray(x, dtype=np.float64) - centre for x in (vectors, reference))
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def agreement(entrant: Contender, vectors: dict[str, np.ndarray], control: float | None) -> dict:
+    """The least of the texts' cosines with the reference, and why no speed-up may be reported, or None."""
+    if entrant.name not in vectors:
+        return {"least_cosine": None, "refused": "did not run"}
+    if DEFAULT not in vectors or control is None:
+        return {"least_cosine": None, "refused": f"nothing to compare with: {DEFAULT} did not run"}
+    reference, least = vectors[DEFAULT], LEAST_COSINE[entrant.dtype]
+    cosine = float(centred_cosines(vectors[entrant.name], reference, reference.mean(0)).min())
+    refused = None
+    if not cosine >= least:
+        refused = f"vectors disagree: cosine {cosine:.6f}, at least {least} is required"
+    elif not control < least:
+        refused = f"the check is blind: a causal mask gives cosine {control:.6f}, {least} is required"
+    return {"least_cosine": cosine, "refused": refused}
+
+
+def throughput(timing: Timing, lengths: dict, flops_per_token: int, linear_rate: float | None) -> dict:
+    """Texts/s and tokens/s of the median round, and the share of the linears' own best rate that this is."""
+    if timing.skipped:
+        return {}
+    tokens_per_s = lengths["total"] / timing.median
+    return {
+        "texts_per_s": lengths["texts"] / timing.median,
+        "tokens_per_s": tokens_per_s,
+        "share_of_linears": tokens_per_s * flops_per_token / linear_rate if linear_rate else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What a benchmark ran on: versions, the device, and its ceilings (matrix product, copy) measured in the same run."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .timing import FLUSH_BYTES, measure
+
+PACKAGES = ("bivec", "torch", "triton", "transformers", "sentence-transformers", "peft", "flash-attn")
+# the flags that decide which matrix instructions there are
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "sve")
+
+
+def describe_machine(device: str | torch.device = "cpu", dtypes: Sequence[str] = ("float32", "bfloat16")) -> dict:
+    """The facts that stand beside every number; takes a second or two for the two ceilings."""
+    device = torch.device(device)
+    model, flags = _cpu()
+    facts = {
+        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": model,
+        "cpu_flags": flags,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "device": str(device),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_tflops": {name: matmul_rate(getattr(torch, name), device) / 1e12 for name in dtypes},
+        "copy_gb_per_s": copy_rate(device) / 1e9,
+    }
+    if device.type == "cuda":
+        facts["device_name"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+        facts["gpu_state"] = gpu_state()
+    return facts
+
+
+def matmul_rate(dtype: torch.dtype, device: str | torch.device = "cpu", size: int | None = None) -> float:
+    """Best measured FLOP/s of a square matrix product on random numbers (zeros run faster)."""
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+
+
+def copy_rate(device: str | torch.device = "cpu") -> float:
+    """Best measured bytes/s of a large copy, bytes read plus bytes written."""
+    source = torch.randn(FLUSH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * FLUSH_BYTES / _best_seconds(lambda: target.copy_(source), device)
+
+
+def other_cpu_seconds() -> float | None:
+    """Core-seconds that other processes have run since boot: what it grows by is what disturbed a measurement.
+
+    A neighbour on one core can cost a product on all cores far more than that core: its threads wait for each other.
+    """
+    try:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
+
+
+def gpu_state() -> str | None:
+    """Driver, clocks, temperature and power as nvidia-smi gives them: a throttled card shows."""
+    query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
+
+
+def _best_seconds(variant: Callable[[], object], device: str | torch.device) -> float:
+    rounds = 20 if torch.device(device).type == "cuda" else 7
+    timing = measure({"ceiling": variant}, rounds=rounds, device=device)["ceiling"]
+    return min(timing.seconds, default=math.nan)
+
+
+def _cpu() -> tuple[str, list[str]]:
+    model, flags = platform.processor(), set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "model name":
+                model = value
+            elif key in ("flags", "Features"):
+                flags = set(value.split())
+    return model, [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve()
+    # an installed copy may lie in someone else's repository
+    if _output("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _output("git", "-C", str(here.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True, env=environment)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

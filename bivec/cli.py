@@ -1,0 +1,249 @@
+"""The command line: `bivec embed` and `bivec inspect`. Nothing heavy is imported before a command runs."""
+
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from . import __version__
+
+# a later default will be bundled; until then the smallest public Llama that everyone can download
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM-135M"
+
+app = typer.Typer(
+    name="bivec",
+    help="Turn a pretrained Llama into a text encoder, and embed text by the million.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich takes longer to import than the help takes to print
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Option(help="Hub id or folder: a Llama, Mistral, Qwen2 or Qwen3, or a PEFT or LLM2Vec adapter of one.")
+]
+Adapters = Annotated[
+    list[str] | None, typer.Option("--adapter", help="LoRA adapter, hub id or folder; repeat to stack, in order.")
+]
+Pooling = Annotated[
+    Literal["mean", "weighted_mean", "last", "first"], typer.Option(help="How a text's token states become one vector.")
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
+Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by name; see bivec inspect.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bivec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def bivec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def embed(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="A .txt (a text a line), .jsonl, .csv (all also .gz) or .parquet file, a folder, or a quoted pattern.",
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option(help="One .parquet file, or a folder of shards. Columns: id and embedding, in input order.")
+    ],
+    model: Model = DEFAULT_MODEL,
+    adapter: Adapters = None,
+    text_column: Annotated[str, typer.Option(help="Column or key of the text.")] = "text",
+    id_column: Annotated[
+        str | None, typer.Option(help="Column or key of a unique id, string or integer. Default: FILE:LINE.")
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="Put before every text; attended to, but not pooled. Default: the model's own prompt."),
+    ] = None,
+    pooling: Pooling = "mean",
+    max_length: MaxLength = 512,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first N dimensions only.")] = None,
+    precision: Annotated[
+        Literal["float32", "float16", "int8"], typer.Option(help="Of the written vectors.")
+    ] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first N rows only.")] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(help="A bad row ends the job without output, or goes to OUTPUT.errors.jsonl."),
+    ] = "fail",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Embed the texts of files into Parquet.
+
+    Example: bivec embed examples/passages.txt --output embeddings.parquet
+
+    The output appears under its name only when it is complete.
+    """
+    with _one_line_errors():
+        from .serving.job import EmbedSettings, RowEncoder, load_encoder, run
+
+        def load(settings: EmbedSettings) -> RowEncoder:
+            _warn_of_default(model)
+            return load_encoder(settings)
+
+        summary = run(
+            EmbedSettings(
+                inputs=inputs,
+                output=output,
+                model=model,
+                adapters=adapter or [],
+                text_column=text_column,
+                id_column=id_column,
+                instruction=instruction,
+                pooling=pooling,
+                max_length=max_length,
+                normalize=normalize,
+                truncate_dim=truncate_dim,
+                precision=precision,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                limit=limit,
+                on_error=on_error,
+                overwrite=overwrite,
+            ),
+            load,
+        )
+        for row in summary.unreadable:
+            typer.echo(f"warning: {row}", err=True)
+        typer.echo(str(summary))
+
+
+@app.command()
+def inspect(
+    model: Model = DEFAULT_MODEL,
+    adapter: Adapters = None,
+    pooling: Pooling = "mean",
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print what a model is, and what was chosen for it and why.
+
+    Architecture, mask, backend, dtype, memory, and whether the mask's self-test passed.
+
+    Example: bivec inspect --model HuggingFaceTB/SmolLM-135M
+    """
+    with _one_line_errors():
+        from .engine.encoder import Encoder
+
+        _warn_of_default(model)
+        encoder = Encoder.from_pretrained(
+            model,
+            adapters=adapter or [],
+            pooling=pooling,
+            max_length=max_length,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+        )
+        description = encoder.describe()
+        if as_json:
+            typer.echo(json.dumps(description, indent=2, ensure_ascii=False, default=str))
+        else:
+            typer.echo("\n".join(_table(description)))
+
+
+def _table(description: dict[str, Any]) -> Iterator[str]:
+    """Names left, values right, in one column each; a part's entries stand indented below its name."""
+    rows: list[tuple[str, str]] = []
+
+    def add(entries: dict[str, Any], indent: str) -> None:
+        for name, value in entries.items():
+            if isinstance(value, dict) and value:
+                rows.append((f"{indent}{name}", ""))
+                add(value, indent + "  ")
+            else:
+                shown = ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+                rows.append((f"{indent}{name}", shown or "none"))
+
+    add(description, "")
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        yield f"{name:{width}}  {value}".rstrip()
+
+
+def _warn_of_default(model: str) -> None:
+    if model == DEFAULT_MODEL:
+        typer.echo(
+            f"note: {DEFAULT_MODEL} is a base language model that was not trained as an encoder: "
+            "its vectors are fit for trying bivec, not for search. Choose a trained one with --model.",
+            err=True,
+        )
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A user's mistake becomes one line and a status: 2 for arguments and files, 1 for a bad row or a failing disk."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except OSError as error:
+        wrong_path = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError)
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        _exit(named, 2 if wrong_path else 1)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        from .serving.readers import RowError
+
+        _exit(str(error), 1 if isinstance(error, RowError) else 2)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether bivec itself raised `error`: a ValueError from inside a library is a bug and shows its traceback."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("bivec.")
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise SystemExit(143)  # unwinds through the job, which removes its temporary files
+
+
+def main() -> None:
+    """The entry point of the `bivec` command."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    app()
+
+
+if __name__ == "__main__":
+    main()

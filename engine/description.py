@@ -1,0 +1,62 @@
+"""What an encoder is and which choices were made for it, for `bivec inspect`, logs and output files."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .ops import choose_dtype
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
+
+
+def describe(encoder: "Encoder") -> dict[str, Any]:
+    """Sections of texts, numbers and lists; sizes are computed from shapes, the self-test's lines are its results."""
+    config, runner, checkpoint = encoder.config, encoder.runner, encoder.checkpoint
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    windows = sorted(set(config.bidirectional_windows))
+    activations = runner.pass_bytes(encoder.slab_tokens)
+    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
+    _, why = choose_dtype(encoder.asked_dtype, encoder.device)
+    return {
+        "model": {
+            "name": checkpoint.name,
+            "base": str(checkpoint.base),
+            "adapters": [str(adapter) for adapter in checkpoint.adapters],
+            "architecture": config.model_type,
+            "parameters": f"{parameters:,}",
+            "layers": config.num_hidden_layers,
+            "hidden size": config.hidden_size,
+            "heads": heads,
+            "rope": f"{config.rope.rope_type}, theta {config.rope.theta:g}",
+            "vocabulary": config.vocab_size,
+        },
+        "encoding": {
+            "mask": "bidirectional, window " + ", ".join(map(str, windows)),
+            "pooling": encoder.pooling,
+            "max length": f"{encoder.max_length} tokens (the model has {config.max_position_embeddings} positions)",
+            "prompts": encoder.prompts,
+        },
+        "backend": {
+            "device": _device_name(encoder.device),
+            "dtype": f"{str(encoder.dtype).removeprefix('torch.')}: {why}",
+            "attention": runner.backend,
+            "row tiles": ", ".join(map(str, runner.tiles)),
+        },
+        "memory": {
+            "weights": _mebibytes(parameters * encoder.dtype.itemsize),
+            "weights packed for inference": _mebibytes(runner.packed_bytes),
+            "activations": f"{_mebibytes(activations)} for a pass of {encoder.slab_tokens} tokens",
+        },
+        "self-test": encoder.self_test,
+    }
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,0 +1,259 @@
+"""`Encoder.encode`: what each kind of text gives, prompts, precisions, and the names of sentence-transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bivec import Encoder
+from bivec.engine.packing import PackedBatch
+
+TEXTS = ["the quick brown fox", "北京 and München", "emoji 😀!", "a packed batch holds many sequences side by side"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_llama_folder) -> Encoder:
+    return Encoder.from_pretrained(tiny_llama_folder, dtype="float32", max_length=64)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama_folder):
+    """Final hidden states of token ids by transformers, bidirectional."""
+    model = transformers.AutoModel.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval()
+    model.config.is_causal = False
+
+    @torch.inference_mode()
+    def states(ids):
+        return model(torch.tensor([ids])).last_hidden_state[0]
+
+    return states
+
+
+def assert_near(ours, theirs):
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-4, rtol=0)
+
+
+def test_without_prompt_every_token_is_pooled_bos_included(encoder, reference):
+    for text, vector in zip(TEXTS, encoder.encode(TEXTS), strict=True):
+        ids = encoder.tokenizer(text)["input_ids"]
+        assert ids[0] == encoder.tokenizer.bos_token_id
+        assert_near(vector, reference(ids).mean(0))
+
+
+@pytest.mark.parametrize("prompt", ["Represent this: ", "query:", "北京 "])
+def test_prompt_attends_and_is_not_pooled(encoder, reference, prompt):
+    for text, vector in zip(TEXTS, encoder.encode(TEXTS, prompt=prompt), strict=True):
+        joined = encoder.tokenizer(prompt + text, return_offsets_mapping=True)
+        first = next(i for i, (_, end) in enumerate(joined["offset_mapping"]) if end > len(prompt))
+        assert first > 1
+        assert_near(vector, reference(joined["input_ids"])[first:].mean(0))
+
+
+def test_prompt_and_text_are_tokenised_once_as_one_string(encoder, reference):
+    """A token that spans the border belongs to the text; two tokenisations would split it."""
+    ids = encoder.tokenizer("the fo" + "x")["input_ids"]
+    assert ids == encoder.tokenizer("the fox")["input_ids"]
+    assert_near(encoder.encode("x", prompt="the fo"), reference(ids)[-1:].mean(0))
+
+
+def test_llm2vec_pairs_are_joined_by_a_space(encoder):
+    pairs = encoder.encode([["Represent this:", TEXTS[0]], ["Represent this: ", TEXTS[0]], ["", TEXTS[0]]])
+    expected = encoder.encode(TEXTS[0], prompt="Represent this: ")
+    assert np.array_equal(pairs[0], expected)
+    assert np.array_equal(pairs[1], expected)
+    assert np.array_equal(pairs[2], encoder.encode(TEXTS[0]))
+
+
+@pytest.mark.parametrize("special", ["</s>", "<s>"])
+def test_special_token_strings_are_plain_text(encoder, reference, special):
+    text = f"the {special} fox"
+    special_id = encoder.tokenizer.convert_tokens_to_ids(special)
+    assert encoder.tokenizer(text)["input_ids"].count(special_id) > (special == "<s>")
+    states = encoder.encode(text, output_value="token_embeddings")
+    plain = encoder.tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert special_id not in plain[1:]
+    assert_near(states, reference(plain))
+
+
+def test_empty_text_is_the_vector_of_bos(encoder, reference):
+    assert_near(encoder.encode(""), reference([encoder.tokenizer.bos_token_id])[0])
+
+
+def test_empty_text_without_bos_is_an_error(make_checkpoint, tmp_path):
+    encoder = Encoder.from_pretrained(make_checkpoint(tmp_path, "qwen2", bos=False), dtype="float32")
+    with pytest.raises(ValueError, match=r"sentences\[1\] cannot be embedded: the text is empty"):
+        encoder.encode(["fine", ""])
+    vectors, reasons, _ = encoder.encode_rows(["fine", "", "also fine"])
+    assert [reason is None for reason in reasons] == [True, False, True]
+    assert not vectors[1].any()
+    assert np.array_equal(vectors[2], encoder.encode("also fine"))
+
+
+def test_empty_text_after_a_prompt_is_an_error(encoder):
+    with pytest.raises(ValueError, match="no token of the text is left after the prompt"):
+        encoder.encode("", prompt="query: ")
+
+
+def test_lone_surrogate_is_an_error_that_names_it(encoder):
+    with pytest.raises(ValueError, match=r"sentences\[1\] .* lone surrogate \(U\+D83D\) at 2"):
+        encoder.encode(["fine", "ab\ud83d"])
+
+
+def test_long_text_is_cut_to_max_length(encoder, reference):
+    text = "fox " * 500
+    ids = encoder.tokenizer(text)["input_ids"][:64]
+    assert_near(encoder.encode(text), reference(ids).mean(0))
+
+
+def test_prompt_that_leaves_no_room_is_an_error(encoder):
+    with pytest.raises(ValueError, match="max_length 64"):
+        encoder.encode("text", prompt="query " * 100)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last", "first"])
+def test_pooling_modes(tiny_llama_folder, reference, pooling):
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", pooling=pooling)
+    states = reference(encoder.tokenizer(TEXTS[0])["input_ids"])
+    weights = torch.arange(1.0, len(states) + 1)[:, None]
+    expected = {
+        "mean": states.mean(0),
+        "weighted_mean": (states * weights).sum(0) / weights.sum(),
+        "last": states[-1],
+        "first": states[0],
+    }
+    assert_near(encoder.encode(TEXTS[0]), expected[pooling])
+
+
+def test_truncation_comes_before_normalisation(encoder):
+    full = encoder.encode(TEXTS)
+    short = encoder.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    expected = full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+
+
+def test_precisions(encoder):
+    full = encoder.encode(TEXTS)
+    half = encoder.encode(TEXTS, precision="float16")
+    assert half.dtype == np.float16
+    assert np.array_equal(half, full.astype(np.float16))
+    small = encoder.encode(TEXTS, precision="int8")
+    assert small.dtype == np.int8
+    assert (np.abs(small.astype(int)).max(axis=1) == 127).all()
+    cosines = torch.cosine_similarity(torch.from_numpy(small).float(), torch.from_numpy(full))
+    assert (cosines > 0.999).all()
+    assert np.array_equal(small[2], encoder.encode(TEXTS[2], precision="int8"))
+
+
+def test_vectors_that_are_not_finite_are_reported(tiny_llama_folder):
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    encoder.model.norm.weight.data.fill_(float("inf"))
+    for precision in ("float32", "int8"):
+        vectors, reasons, _ = encoder.encode_rows(TEXTS, precision=precision)
+        assert not vectors.any()
+        assert all(reason == "the model gives a vector that is not finite" for reason in reasons)
+
+
+def test_output_kinds(encoder):
+    array = encoder.encode(TEXTS)
+    assert array.shape == (4, encoder.get_embedding_dimension())
+    assert array.dtype == np.float32
+    assert np.array_equal(encoder.encode(TEXTS[1]), array[1])
+    tensor = encoder.encode(TEXTS, convert_to_tensor=True)
+    assert torch.equal(tensor, torch.from_numpy(array))
+    listed = encoder.encode(TEXTS, convert_to_numpy=False)
+    assert isinstance(listed, list)
+    assert torch.equal(listed[3], tensor[3])
+    assert encoder.encode([]).shape == (0, 64)
+    single = encoder.encode(TEXTS[0], output_value="token_embeddings")
+    assert_near(single.mean(0), array[0])
+
+
+def test_prompts_of_sentence_transformers(make_checkpoint, tmp_path):
+    make_checkpoint(tmp_path)
+    prompts = {"prompts": {"query": "query: ", "document": "", "passage": "p: "}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    encoder = Encoder.from_pretrained(tmp_path, dtype="float32")
+    as_query = encoder.encode(TEXTS, prompt="query: ")
+    assert np.array_equal(encoder.encode_query(TEXTS), as_query)
+    assert np.array_equal(encoder.encode(TEXTS), as_query)
+    assert np.array_equal(encoder.encode(TEXTS, prompt_name="passage"), encoder.encode(TEXTS, prompt="p: "))
+    assert np.array_equal(encoder.encode_document(TEXTS), encoder.encode(TEXTS, prompt=""))
+    with pytest.raises(ValueError, match="prompt_name must be one of"):
+        encoder.encode(TEXTS, prompt_name="other")
+
+
+def test_similarity_is_cosine(encoder):
+    vectors = encoder.encode(TEXTS)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.similarity(vectors, vectors[:2]), unit @ unit[:2].T, atol=1e-6)
+
+
+def test_forward_packed_has_gradients_that_equal_transformers(encoder, tiny_llama_folder):
+    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    model = transformers.AutoModel.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval()
+    model.config.is_causal = False
+    upstream = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    torch.cat([model(torch.tensor([x])).last_hidden_state[0] for x in ids]).backward(upstream)
+    ours = encoder.model.layers[1].self_attn.q_proj.weight.requires_grad_()
+    encoder.forward_packed(PackedBatch.from_sequences(ids)).backward(upstream)
+    theirs = model.layers[1].self_attn.q_proj.weight.grad
+    torch.testing.assert_close(ours.grad, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3)
+    ours.grad = None
+    ours.requires_grad_(False)
+
+
+def test_describe_names_what_was_chosen(encoder):
+    description = encoder.describe()
+    assert description["encoding"]["mask"] == "bidirectional, window (-1, -1)"
+    assert description["backend"]["dtype"] == "float32: asked for"
+    assert all(line.startswith("passed") for line in description["self-test"].values())
+    json.dumps(description)
+
+
+def test_self_test_fails_on_a_causal_model(encoder, monkeypatch):
+    from bivec.engine import selftest
+
+    class CausalConfig:
+        sliding_windows = encoder.config.sliding_windows
+        vocab_size = encoder.config.vocab_size
+        causal_windows = bidirectional_windows = encoder.config.causal_windows
+
+    with pytest.raises(RuntimeError, match="does not change an earlier state"):
+        selftest.check_mask(encoder.runner, CausalConfig)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pooling": "max"}, "pooling must be one of"),
+        ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16"),
+        ({"dtype": "float16", "device": "cpu"}, "float16 needs a CUDA device"),
+        ({"device": "mps"}, "device must be auto, cpu or cuda"),
+        ({"attention": "eager"}, "attention must be auto or one of"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_be_met_are_errors(tiny_llama_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder.from_pretrained(tiny_llama_folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "int4"}, "precision must be one of"),
+        ({"truncate_dim": 0}, "truncate_dim must be from 1 to 64"),
+        ({"output_value": "words"}, "output_value must be"),
+        ({"prompt": "a", "prompt_name": "b"}, "must not both be given"),
+    ],
+)
+def test_encode_refuses_bad_arguments(encoder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(TEXTS, **arguments)
+
+
+def test_encode_refuses_what_is_no_text(encoder):
+    with pytest.raises(ValueError, match=r"sentences\[1\] must be a str"):
+        encoder.encode(["fine", 7])

@@ -1,0 +1,107 @@
+"""A text's embedding is bitwise the same alone, in any batch, at any place, in any order; and the test can fail."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bivec.engine.encoder import Encoder
+from bivec.engine.packing import PackedBatch
+from bivec.engine.runner import Runner
+from bivec.kernels.pooling import pool
+
+WORDS = "the quick brown fox jumps over a lazy packed batch of München 北京 😀 sequences".split()
+NEEDLES = ["fox", " ".join(WORDS), " ".join(WORDS * 4), " ".join(WORDS * 30)]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def encoder(request, wide_llama_folder) -> Encoder:
+    return Encoder.from_pretrained(wide_llama_folder, dtype=request.param, max_length=200)
+
+
+@pytest.fixture(scope="module")
+def wide_llama_folder(tmp_path_factory, make_checkpoint):
+    """Wide enough that the order of summation shows: tiny products hide it."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("wide"),
+        num_hidden_layers=2,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        initializer_range=0.05,
+    )
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_vector_is_bitwise_the_same_in_any_company(encoder, data):
+    needle = data.draw(st.sampled_from(NEEDLES))
+    company = data.draw(st.lists(st.integers(1, 60).map(lambda n: " ".join((WORDS * 11)[:n])), max_size=30))
+    place = data.draw(st.integers(0, len(company)))
+    alone = encoder.encode(needle)
+    together = encoder.encode([*company[:place], needle, *company[place:]])
+    assert alone.tobytes() == together[place].tobytes()
+
+
+def test_order_permutes_and_nothing_else(encoder):
+    texts = [" ".join((WORDS * 11)[: 1 + 7 * i % 140]) for i in range(24)]
+    order = np.random.default_rng(0).permutation(len(texts))
+    vectors = encoder.encode(texts)
+    assert np.array_equal(encoder.encode([texts[i] for i in order]), vectors[order])
+    assert np.array_equal(encoder.encode(texts), vectors)
+
+
+def test_amount_of_other_text_does_not_matter(encoder):
+    alone = encoder.encode(NEEDLES[2])
+    for count in (1, 15, 16, 17, 100):
+        assert np.array_equal(encoder.encode([*["brown fox"] * count, NEEDLES[2]])[-1], alone)
+
+
+def test_smaller_slabs_give_the_same_bits(encoder):
+    texts = [" ".join((WORDS * 11)[: 1 + 11 * i % 140]) for i in range(24)]
+    vectors = encoder.encode(texts)
+    slab_tokens = encoder.slab_tokens
+    try:
+        encoder.slab_tokens = 208
+        assert np.array_equal(encoder.encode(texts), vectors)
+    finally:
+        encoder.slab_tokens = slab_tokens
+
+
+def test_control_one_row_products_differ(encoder):
+    """The same text through products of one row: were these equal too, the tests above could not fail."""
+    batch = PackedBatch.from_sequences([[5, 6, 7, 8, 9, 10, 11, 12]])
+    tiles = encoder.runner.tiles
+    expected = encoder.runner(batch)
+    try:
+        encoder.runner.tiles = (1,)
+        assert not torch.equal(encoder.runner(batch), expected)
+    finally:
+        encoder.runner.tiles = tiles
+
+
+def test_control_pooling_one_token_of_the_neighbour_differs(encoder):
+    ids = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    other = [[5, 6, 7, 8, 9], [20, 21, 22]]
+
+    def first_vector(sequences, spill):
+        batch = PackedBatch.from_sequences(sequences)
+        bounds = batch.cu_seqlens.clone()
+        bounds[1] += spill
+        return pool(encoder.runner(batch), bounds)[0]
+
+    assert torch.equal(first_vector(ids, 0), first_vector(other, 0))
+    assert not torch.equal(first_vector(ids, 1), first_vector(other, 1))
+
+
+def test_tiles_that_disagree_are_dropped(encoder, monkeypatch):
+    """A product that depends on its number of rows must be noticed when the runner is made."""
+    finish = Runner._finish
+
+    def row_dependent(self, layer, hidden, attended):
+        return finish(self, layer, hidden, attended) * (1.0 if hidden.shape[0] > 16 else 1.1)
+
+    monkeypatch.setattr(Runner, "_finish", row_dependent)
+    assert Runner(encoder.model, "sdpa").tiles == (64, 512)

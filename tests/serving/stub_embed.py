@@ -1,0 +1,58 @@
+"""`bivec embed …` with a stub for the model: a text's vector is its hash. Run as a script by the tests that kill it.
+
+With PAUSE_AT=n in the environment it prints "paused" at the n-th call of `encode_rows` and waits to be killed.
+"""
+
+import hashlib
+import os
+import sys
+import time
+
+import numpy as np
+
+DIMENSION = 8
+
+
+def vector_of(text: str) -> np.ndarray:
+    """Eight whole numbers from -127 to 127: exact in every precision."""
+    digest = hashlib.blake2b(text.encode(), digest_size=DIMENSION).digest()
+    return np.maximum(np.frombuffer(digest, dtype=np.int8), -127).astype(np.float32)
+
+
+class StubEncoder:
+    """What a job uses of `Encoder`. "<nan>" in a text makes its vector not finite, "<none>" leaves it none."""
+
+    def __init__(self):
+        self.prompts = {"search": "find: "}
+        self.default_prompt_name: str | None = None
+        self.calls: list[dict] = []
+
+    def get_embedding_dimension(self) -> int:
+        return DIMENSION
+
+    def describe(self) -> dict:
+        return {"model": {"name": "stub"}}
+
+    def encode_rows(self, texts, *, prompt, normalize_embeddings, truncate_dim, precision, progress):
+        self.calls.append({"texts": list(texts), "prompt": prompt, "normalize": normalize_embeddings})
+        if len(self.calls) == int(os.environ.get("PAUSE_AT", 0)):
+            print("paused", flush=True)
+            time.sleep(60)
+        vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
+        for row, text in enumerate(texts):
+            vectors[row] = np.nan if "<nan>" in text else vector_of(prompt + text)
+        with np.errstate(invalid="ignore"):
+            vectors = vectors[:, :truncate_dim].astype(precision)
+        progress(len(texts), 3 * len(texts))
+        reasons = ["it leaves no token" if "<none>" in text else None for text in texts]
+        return vectors, reasons, 3 * len(texts)
+
+
+if __name__ == "__main__":
+    from bivec import cli
+    from bivec.serving import job
+
+    job._WINDOW_ROWS = 2
+    job.load_encoder = lambda settings: StubEncoder()
+    sys.argv[0] = "bivec"
+    cli.main()

@@ -1,0 +1,184 @@
+"""The command as a user meets it: help at once, mistakes in one line, the main job from start to end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import bivec
+from bivec import cli
+from bivec.serving import job
+
+PASSAGES = Path(__file__).parents[1] / "examples" / "passages.txt"
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    program = "import sys; from bivec.cli import main; sys.argv[0] = 'bivec'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["inspect", "-h"], ["--version"], []])
+def test_help_imports_nothing_heavy(arguments):
+    program = (
+        "import sys; from bivec.cli import app\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy', 'tqdm', 'rich'}\n"
+        f"try: app({arguments!r})\n"
+        "finally: print(heavy & set(sys.modules), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stderr.splitlines()[-1] == "set()"
+
+
+def test_help_answers_within_half_a_second():
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert command("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_help_teaches_with_an_example_of_each_command():
+    assert "embed" in invoke("--help").output
+    assert "inspect" in invoke("--help").output
+    assert "bivec embed examples/passages.txt --output embeddings.parquet" in invoke("embed", "--help").output
+    assert "bivec inspect --model" in invoke("inspect", "--help").output
+
+
+def test_version():
+    assert invoke("--version").output == f"bivec {bivec.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "status", "message"),
+    [
+        ("missing.txt", None, [], 2, "missing.txt: no such file or folder"),
+        ("in.json", b"{}", [], 2, "in.json: unknown extension"),
+        ("in.jsonl", b'{"title": "a"}\n', [], 2, "in.jsonl: no column 'text'; its columns are 'title'"),
+        ("in.jsonl", b'{"id": 1, "text": "a"}\n' * 2, ["--id-column", "id"], 2, "'1' is at "),
+        ("in.txt", b"", [], 1, "in.txt: the file is empty"),
+        ("in.txt", b"a\n\xff\n", [], 1, "in.txt:2: invalid UTF-8: byte 0xff at position 1"),
+        ("in.jsonl", b'{"text": "a"}\n{"text": "b', [], 1, "in.jsonl:2: truncated last line?"),
+        ("in.csv", b"text,n\na,1\nb\n", [], 1, "in.csv:3: 1 fields, but the header has 2"),
+        ("in.txt", b"a\n", ["--output", "nowhere/out.parquet"], 2, "the folder 'nowhere' does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_status(tmp_path, monkeypatch, name, content, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    if content is not None:
+        Path(name).write_bytes(content)
+    found = invoke("embed", name, "--output", "out.parquet", *arguments)
+    assert found.exit_code == status
+    assert found.stdout == ""
+    assert found.stderr.startswith(f"error: {message}" if message.startswith(name) else "error: ")
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--precision", "float8"], ["--on-error", "ignore"], ["--limit", "0"], ["--pooling", "max"], ["--workers", "2"]],
+)
+def test_a_wrong_option_is_refused(tmp_path, arguments):
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet", *arguments)
+    assert found.exit_code == 2
+    assert arguments[0] in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug")])
+def test_a_bug_shows_its_traceback(tmp_path, monkeypatch, error):
+    def load(_):
+        raise error
+
+    monkeypatch.setattr(job, "load_encoder", load)
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
+    assert found.exception is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_error_from_inside_a_library_is_a_bug(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "load_encoder", lambda _: np.zeros(3).reshape(2, 2))
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
+    assert isinstance(found.exception, ValueError)
+
+
+def test_the_default_model_is_announced_for_what_it_is(tmp_path, monkeypatch):
+    def load(settings):
+        raise FileNotFoundError(f"{settings.model} is not here")
+
+    monkeypatch.setattr(job, "load_encoder", load)
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
+    note, error = found.stderr.splitlines()
+    assert note.startswith(
+        "note: HuggingFaceTB/SmolLM-135M is a base language model that was not trained as an encoder"
+    )
+    assert error == "error: HuggingFaceTB/SmolLM-135M is not here"
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet", "--model", "other")
+    assert found.stderr == "error: other is not here\n"
+
+
+def test_embed_a_real_model(tiny_llama_folder, tmp_path):
+    output = tmp_path / "embeddings.parquet"
+    found = command("embed", PASSAGES, "--output", output, "--model", tiny_llama_folder, "--dtype", "float32")
+    assert found.returncode == 0, found.stderr
+    texts = PASSAGES.read_text(encoding="utf-8").splitlines()
+    assert found.stdout.startswith(f"read {len(texts)} = written {len(texts)} + failed 0 in ")
+    assert found.stdout.count("\n") == 1
+
+    table = pq.read_table(output)
+    encoder = bivec.Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    assert table["id"].to_pylist() == [f"passages.txt:{line}" for line in range(1, len(texts) + 1)]
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), encoder.encode(texts))
+    assert json.loads(table.schema.metadata[b"bivec"])["model"] == str(tiny_llama_folder)
+
+
+def test_embed_options_are_those_of_encode(tiny_llama_folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"body": "one text"}\n{"body": "another one"}\n')
+    options = ["--instruction", "find: ", "--normalize", "--truncate-dim", "16", "--precision", "float16"]
+    options += ["--pooling", "last", "--max-length", "12", "--text-column", "body", "--dtype", "float32"]
+    output = tmp_path / "out"
+    found = invoke("embed", tmp_path / "in.jsonl", "--output", output, "--model", tiny_llama_folder, *options)
+    assert found.exit_code == 0, found.stderr
+    encoder = bivec.Encoder.from_pretrained(tiny_llama_folder, pooling="last", max_length=12, dtype="float32")
+    vectors = encoder.encode(
+        ["one text", "another one"], prompt="find: ", normalize_embeddings=True, truncate_dim=16, precision="float16"
+    )
+    assert np.array_equal(np.array(pq.read_table(output)["embedding"].to_pylist(), np.float16), vectors)
+
+
+def test_inspect(tiny_llama_folder):
+    found = invoke("inspect", "--model", tiny_llama_folder)
+    assert found.exit_code == 0, found.stderr
+    lines = found.output.splitlines()
+    pooling = next(line for line in lines if line.lstrip().startswith("pooling"))
+    assert pooling.split() == ["pooling", "mean"]
+    description = json.loads(invoke("inspect", "--model", tiny_llama_folder, "--json").output)
+    assert description == json.loads(
+        json.dumps(bivec.Encoder.from_pretrained(tiny_llama_folder).describe(), default=str)
+    )
+
+
+def test_the_table_is_aligned():
+    description = {"model": {"name": "x", "hidden size": 64}, "prompts": {}, "self-test": "passed"}
+    assert list(cli._table(description)) == [
+        "model",
+        "  name         x",
+        "  hidden size  64",
+        "prompts        none",
+        "self-test      passed",
+    ]
