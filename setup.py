@@ -36,7 +36,15 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
-        "test": ["pytest>=8", "hypothesis>=6.150", "scipy>=1.13", "build>=1.2", "ruff>=0.14", "mypy>=1.18"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.150",
+            "scipy>=1.13",
+            "setuptools>=77",
+            "wheel",
+            "ruff>=0.14",
+            "mypy>=1.18",
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -25,7 +25,7 @@ def wide_llama_folder(tmp_path_factory, make_checkpoint):
     """Wide enough that the order of summation shows: tiny products hide it."""
     return make_checkpoint(
         tmp_path_factory.mktemp("wide"),
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         hidden_size=576,
         intermediate_size=1536,
         num_attention_heads=9,
@@ -72,7 +72,7 @@ def test_smaller_slabs_give_the_same_bits(encoder):
 
 def test_control_one_row_products_differ(encoder):
     """The same text through products of one row: were these equal too, the tests above could not fail."""
-    batch = PackedBatch.from_sequences([[5, 6, 7, 8, 9, 10, 11, 12]])
+    batch = PackedBatch.from_sequences([list(range(5, 65))])
     tiles = encoder.runner.tiles
     expected = encoder.runner(batch)
     try:
