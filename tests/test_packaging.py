@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("kernels", "engine", "serving", "benchmarks")
 
 # which of our modules are imported, and from where, once everything is
-LOADED = """
+LOADED = f"""
 import json, sys
 import bivec, bivec.cli, bivec.engine.encoder, bivec.serving.job, bivec.kernels.pooling
-files = {name: module.__file__ for name, module in sys.modules.items() if getattr(module, "__file__", None)}
-print(json.dumps({name: file for name, file in files.items() if name.split(".")[0] in %r}))
-""" % (("bivec", *LAYERS),)
+files = {{name: getattr(module, "__file__", None) for name, module in sys.modules.items()}}
+print(json.dumps({{name: file for name, file in files.items() if file and name.split(".")[0] in {("bivec", *LAYERS)}}}))
+"""
 
 
 @pytest.fixture(scope="module")

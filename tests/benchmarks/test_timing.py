@@ -175,7 +175,7 @@ def test_other_processes_are_told_from_our_own_work():
         time.sleep(1.5)
         disturbed = other_cpu_seconds() - before
         neighbour.kill()
-    assert disturbed > alone + 0.3 or disturbed > 0.7  # the machine may have other neighbours
+    assert disturbed > alone + 0.3
 
 
 def test_common_options():

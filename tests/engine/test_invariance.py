@@ -11,7 +11,8 @@ from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import Runner
 from bivec.kernels.pooling import pool
 
-WORDS = "the quick brown fox jumps over a lazy packed batch of München 北京 😀 sequences".split()
+TEXT = "the quick brown fox jumps over a lazy packed batch of München 北京 😀 sequences"
+WORDS = TEXT.split()
 NEEDLES = ["fox", " ".join(WORDS), " ".join(WORDS * 4), " ".join(WORDS * 30)]
 
 
