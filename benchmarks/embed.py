@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     timings = clocked({e.name: e.variant(texts, vectors) for e in entrants}, rounds=rounds, warmup=2 if on_cuda else 1)
     best = fastest(timings)
     best_latency = fastest(latencies)
-    others_after, seconds = other_cpu_seconds(), time.perf_counter() - start
-    known = others_before is not None and others_after is not None
-    disturbance = (others_after - others_before) / seconds if known else None
+    disturbance = (other_cpu_seconds() - others_before) / (time.perf_counter() - start)
     dtypes = sorted({entrant.dtype for entrant in entrants if not isinstance(entrant.encode, str)})
     rates = {dtype: linear_rates(shape, getattr(torch, dtype), device) for dtype in dtypes}
     control = causal_control(models["float32", "sdpa"], texts, vectors.get(DEFAULT))
@@ -140,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         best_peer_latency=best_latency.name,
         sweep=[timing.row() for timing in sweep.values()],
     )
-    if disturbance is not None and disturbance > 0.05:
+    if disturbance > 0.05:
         print(f"other processes kept {disturbance:.2f} cores busy meanwhile: measure again", file=sys.stderr)
     return 1 if any(row["least_cosine"] is not None and row["refused"] for row in rows) else 0
 

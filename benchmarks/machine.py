@@ -60,15 +60,15 @@ def copy_rate(device: str | torch.device = "cpu") -> float:
     return 2 * FLUSH_BYTES / _best_seconds(lambda: target.copy_(source), device)
 
 
-def other_cpu_seconds() -> float | None:
-    """Core-seconds that other processes have run since boot: what it grows by is what disturbed a measurement.
+def other_cpu_seconds() -> float:
+    """Core-seconds that other processes have run since boot, NaN where unknown: its growth disturbed a measurement.
 
     A neighbour on one core can cost a product on all cores far more than that core: its threads wait for each other.
     """
     try:
         ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     except OSError:
-        return None
+        return math.nan
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks)
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy - sum(os.times()[:4])

@@ -89,7 +89,7 @@ class ModelConfig:
 
     @property
     def bidirectional_windows(self) -> tuple[Window, ...]:
-        """Each layer's window as an encoder: all tokens, or those within distance `w` (inclusive as in transformers)."""
+        """Each layer's window as an encoder: all tokens, or those within distance `w` (inclusive)."""
         return tuple(BIDIRECTIONAL if w is None else (w, w) for w in self.sliding_windows)
 
     @property
