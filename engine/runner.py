@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import ops
 from .config import Window
-from .model import DecoderLayer, LlamaModel, apply_rotary, rms_norm
+from .model import DecoderLayer, LlamaModel, rms_norm
+from .ops import PackedLinear, attention
 from .packing import PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -24,23 +24,37 @@ TILES = {"cpu": (16, 64, 512), "cuda": (256, 2048, 8192)}
 
 
 class FusedLayer:
-    """One decoder layer for inference: q, k and v in one product; norms, rotary and SwiGLU beside theirs."""
+    """One decoder layer for inference: q, k and v in one product, SwiGLU and residuals done as products are written.
+
+    The halves of each query and key head are interleaved, which no dot product of the two sees: rotary embedding is
+    then one product of complex numbers.
+    """
 
     def __init__(self, layer: DecoderLayer):
         attention, mlp = layer.self_attn, layer.mlp
+        head_dim = attention.head_dim
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weight = torch.cat([projection.weight.detach() for projection in projections])
+        weights = [projection.weight.detach() for projection in projections]
         biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
-        self.qkv = ops.PackedLinear(weight, torch.cat(biases) if biases else None)
+        weights[:2] = [_interleave(weight, head_dim) for weight in weights[:2]]
+        biases[:2] = [_interleave(bias, head_dim) for bias in biases[:2]]
+        self.qkv = PackedLinear(torch.cat(weights), torch.cat(biases) if biases else None)
         self.output, self.gate, self.up, self.down = (
-            ops.PackedLinear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+            PackedLinear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
             for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
         self.input_norm = layer.input_layernorm.weight.detach()
         self.mlp_norm = layer.post_attention_layernorm.weight.detach()
         self.eps = layer.input_layernorm.eps
-        self.q_norm = attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None
-        self.k_norm = attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None
+        self.head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm.weight.detach(), attention.k_norm.weight.detach())
+            self.head_norms = (_interleave(norms[0], head_dim), _interleave(norms[1], head_dim))
+
+
+def _interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows `(heads D, ...)` of a weight or bias with each head's halves interleaved: 0, D / 2, 1, D / 2 + 1, ..."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 class Runner:
@@ -85,34 +99,41 @@ class Runner:
         torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[: batch.num_tokens])
         positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
         positions[: batch.num_tokens] = batch.positions
-        cos, sin = self._rotary_tables(positions)
+        rotations = torch.complex(*self._rotary_tables(positions))
         config = self.config
         num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
         heads = torch.empty(num_rows, num_heads, config.head_dim, dtype=self.dtype, device=self.device)
         attended = torch.zeros(num_rows, self.layers[0].output.in_features, dtype=self.dtype, device=self.device)
         for layer, window in zip(self.layers, windows or config.bidirectional_windows, strict=True):
             for rows in tiles:
-                heads[rows] = self._project(layer, hidden[rows], cos[rows], sin[rows])
+                self._project(layer, hidden[rows], rotations[rows], heads[rows])
             self._attend(heads[: batch.num_tokens], attended[: batch.num_tokens], batch, window)
             for rows in tiles:
                 hidden[rows] = self._finish(layer, hidden[rows], attended[rows])
         return hidden[: batch.num_tokens]
 
-    def _project(self, layer: FusedLayer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """From a tile's hidden states `(R, E)` to its rotated query, key and value heads `(R, H + 2 G, D)`."""
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).unflatten(-1, (-1, self.config.head_dim))
+    def _project(self, layer: FusedLayer, hidden: torch.Tensor, rotations: torch.Tensor, heads: torch.Tensor) -> None:
+        """From a tile's hidden states `(R, E)` to its query, key and value heads, into `heads` `(R, H + 2 G, D)`.
+
+        Args:
+            rotations: complex64 `(R, D / 2)`, each token's angles.
+        """
         num_heads, num_key_value_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).view_as(heads)
         rotated, value = qkv.split([num_heads + num_key_value_heads, num_key_value_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
+        if layer.head_norms is not None:
             query, key = rotated.split([num_heads, num_key_value_heads], dim=1)
-            rotated = torch.cat((rms_norm(query, layer.q_norm, layer.eps), rms_norm(key, layer.k_norm, layer.eps)), 1)
-        return torch.cat((apply_rotary(rotated, cos, sin), value), dim=1)
+            query_norm, key_norm = layer.head_norms
+            rotated = torch.cat((rms_norm(query, query_norm, layer.eps), rms_norm(key, key_norm, layer.eps)), dim=1)
+        pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2))) * rotations[:, None]
+        heads[:, : num_heads + num_key_value_heads] = torch.view_as_real(pairs).flatten(-2)
+        heads[:, num_heads + num_key_value_heads :] = value
 
     def _attend(self, heads: torch.Tensor, attended: torch.Tensor, batch: PackedBatch, window: Window) -> None:
         """Attention within each sequence, from `(T, H + 2 G, D)` into `attended` `(T, H D)`."""
         num_heads, num_key_value_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         query, key, value = heads.split([num_heads, num_key_value_heads, num_key_value_heads], dim=1)
-        ops.attention(query, key, value, batch, window, self.backend, out=attended.view_as(query))
+        attention(query, key, value, batch, window, self.backend, out=attended.view_as(query))
 
     def _finish(self, layer: FusedLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The rest of a layer for one tile, `(R, E)`: output projection, residual, norm, SwiGLU, residual."""
@@ -142,14 +163,17 @@ class Runner:
             torch.randn(largest, size, generator=generator).to(self.device, self.dtype)
             for size in (self.config.hidden_size, layer.output.in_features)
         )
-        cos, sin = self._rotary_tables(torch.arange(largest, device=self.device))
+        rotations = torch.complex(*self._rotary_tables(torch.arange(largest, device=self.device)))
+        num_heads = layer.qkv.out_features // self.config.head_dim
 
         def run(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-            tiles = [slice(start, start + size) for start in range(0, largest, size)]
-            projected = [self._project(layer, hidden[rows], cos[rows], sin[rows]) for rows in tiles]
-            return torch.cat(projected), torch.cat(
-                [self._finish(layer, hidden[rows], attended[rows]) for rows in tiles]
-            )
+            heads = torch.empty(largest, num_heads, self.config.head_dim, dtype=self.dtype, device=self.device)
+            finished = torch.empty_like(hidden)
+            for start in range(0, largest, size):
+                rows = slice(start, start + size)
+                self._project(layer, hidden[rows], rotations[rows], heads[rows])
+                finished[rows] = self._finish(layer, hidden[rows], attended[rows])
+            return heads, finished
 
         expected = run(largest)
         agreeing = [size for size in sizes if all(map(torch.equal, run(size), expected))]
