@@ -131,7 +131,7 @@ def cuda_graph(variant: Callable[[], object]) -> Callable[[], None]:
 
 def report(name: str, rows: Sequence[dict], *, machine: dict, output: str | Path | None = None, **facts) -> dict:
     """Print a table of `rows` on stderr and the whole result as one line of JSON on stdout, which `output` gets too."""
-    document = _finite({"benchmark": name, "command": sys.argv, "machine": machine, **facts, "rows": list(rows)})
+    document = _finite({"benchmark": name, "arguments": sys.argv[1:], "machine": machine, **facts, "rows": list(rows)})
     print(table(document["rows"]), file=sys.stderr, flush=True)
     line = json.dumps(document, ensure_ascii=False, allow_nan=False)
     if output is not None:
