@@ -1,6 +1,7 @@
 """Checkpoints, weights and adapters: what is refused, naming the file and what was expected."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ def test_a_name_that_is_neither_folder_nor_hub_id():
 def test_a_hub_id_that_is_not_cached_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="owner/name is no folder here, and could not be read from the hub"):
         load("owner/name", local_files_only=True, cache_dir=str(tmp_path))
+
+
+def test_a_hub_id_loads_from_the_hub_cache(tiny_llama_folder, tmp_path):
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(tiny_llama_folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    encoder = load("owner/name", cache_dir=str(tmp_path), local_files_only=True)
+    assert encoder.checkpoint.name == "owner/name"
+    assert (encoder.encode("fox") == load(tiny_llama_folder).encode("fox")).all()
 
 
 # --- adapters
