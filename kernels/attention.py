@@ -80,9 +80,7 @@ def _attention_backward(
     tiles = attention_tiles(q.shape[2], q.dtype, q.device)
     delta = torch.empty_like(lse)
     gradients = (grad_q, grad_k, grad_v)
-    attention_backward_long(
-        q, k, v, out, lse, grad_out, *gradients, delta, cu_seqlens, softmax_scale, mask, tiles
-    )
+    attention_backward_long(q, k, v, out, lse, grad_out, *gradients, delta, cu_seqlens, softmax_scale, mask, tiles)
     attention_backward_short(q, k, v, grad_out, *gradients, cu_seqlens, softmax_scale, mask, tiles)
     return gradients
 

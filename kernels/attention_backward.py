@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention_masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
 from .attention_tiles import AttentionTiles
-from .ragged import find_sequence, load_rows, matmul, store_rows, zero_tail
+from .ragged import find_sequence, load_rows, matmul, narrow, store_rows, zero_tail
 
 LOG2_E = 1.4426950408889634
 
@@ -138,11 +138,11 @@ def _attention_bwd_dq_kernel(
             if HAS_DROPOUT:
                 grad_p = drop_tile(grad_p, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False) / (1.0 - dropout_p)
             grad_s = probabilities * (grad_p - delta[:, None])
-            grad_q = matmul(grad_s.to(k.dtype), k, grad_q, UPCAST)
+            grad_q = matmul(narrow(grad_s, k.dtype, UPCAST), k, grad_q, UPCAST)
 
     grad_q_ptr += (first_row + start_m) * stride_dqt
     grad_q_ptrs = grad_q_ptr + rows * stride_dqt + offs_d[None, :]
-    store_rows(grad_q_ptrs, grad_q * softmax_scale, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(grad_q_ptrs, grad_q * softmax_scale, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
@@ -262,15 +262,15 @@ def _attention_bwd_dkv_kernel(
                 kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
                 # one draw serves both: a probability is zero only where it was dropped or invisible
                 grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t / (1.0 - dropout_p))
-            grad_v = matmul(kept_t.to(q.dtype), grad_out, grad_v, UPCAST)
+            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
             grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
-            grad_k = matmul(grad_s_t.to(q.dtype), q, grad_k, UPCAST)
+            grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
 
     if HAS_DROPOUT:
         grad_v = grad_v / (1.0 - dropout_p)
     offsets = (first_row + start_n) * stride_dkt + keys * stride_dkt + offs_d[None, :]
-    store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(grad_v_ptr + offsets, grad_v, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
+    store_rows(grad_v_ptr + offsets, grad_v, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
 
 
 def attention_backward_long(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention_masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
 from .attention_tiles import AttentionTiles
-from .ragged import find_sequence, load_rows, matmul, store_rows, zero_tail
+from .ragged import find_sequence, load_rows, matmul, narrow, store_rows, zero_tail
 
 LOG2_E = 1.4426950408889634
 
@@ -128,13 +128,13 @@ def _attention_fwd_kernel(
                 probabilities = drop_tile(probabilities, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False)
             v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
             v = load_rows(v_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            accumulator = matmul(probabilities.to(v.dtype), v, accumulator * correction[:, None], UPCAST)
+            accumulator = matmul(narrow(probabilities, v.dtype, UPCAST), v, accumulator * correction[:, None], UPCAST)
             row_max = tile_max
 
     kept = row_sum * (1.0 - dropout_p) if HAS_DROPOUT else row_sum
     out_ptr += (first_row + start_m) * stride_ot
     out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_ot + offs_d[None, :]
-    store_rows(out_ptrs, accumulator / kept[:, None], length - start_m, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(out_ptrs, accumulator / kept[:, None], length - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
     tl.store(lse_ptr + first_row + offs_m, row_max + tl.log2(row_sum), mask=offs_m < length)
 
 

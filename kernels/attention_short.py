@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
 from .attention_tiles import AttentionTiles
-from .ragged import load_rows, matmul, store_rows
+from .ragged import load_rows, matmul, narrow, store_rows
 
 LOG2_E = 1.4426950408889634
 
@@ -27,11 +27,20 @@ def _load_pairs(ptr, offs_head, offs_m, in_group, stride_t, stride_h, HEAD_DIM: 
 
 @triton.jit
 def _store_pairs(
-    ptr, rows, offs_head, offs_m, in_group, stride_t, stride_h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    rows,
+    offs_head,
+    offs_m,
+    in_group,
+    stride_t,
+    stride_h,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + (offs_m * stride_t + offs_head * stride_h)[:, None] + offs_d[None, :]
-    tl.store(ptrs, rows.to(ptr.dtype.element_ty), mask=in_group[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(ptrs, narrow(rows, ptr.dtype.element_ty, UPCAST), mask=in_group[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "window_left", "window_right"])
@@ -109,8 +118,11 @@ def _attention_short_fwd_kernel(
             heads = (first_head + offs_head).to(tl.int32)
             probabilities = drop_tile(probabilities, offs_m, heads, 0, seed, dropout_p, BLOCK_N, False)
             kept = row_sum * (1.0 - dropout_p)
-        out = matmul(probabilities.to(v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST) / kept[:, None]
-        _store_pairs(out_ptr, out, offs_head, offs_m, in_group, stride_ot, stride_oh, HEAD_DIM, BLOCK_D)
+        out = (
+            matmul(narrow(probabilities, v.dtype, UPCAST), v, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
+            / kept[:, None]
+        )
+        _store_pairs(out_ptr, out, offs_head, offs_m, in_group, stride_ot, stride_oh, HEAD_DIM, BLOCK_D, UPCAST)
         tl.store(lse_ptr + offs_head.to(tl.int64) * num_tokens + offs_m, row_max + tl.log2(row_sum), mask=in_group)
 
 
@@ -203,8 +215,10 @@ def _attention_short_bwd_kernel(
             grad_p = drop_tile(grad_p, offs_m, heads, 0, seed, dropout_p, BLOCK_N, False) / (1.0 - dropout_p)
         delta = tl.sum(probabilities * grad_p, axis=1)  # [BLOCK_M]
         grad_s = probabilities * (grad_p - delta[:, None])
-        grad_q = matmul(grad_s.to(k.dtype), k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST) * softmax_scale
-        _store_pairs(grad_q_ptr, grad_q, offs_head, offs_m, in_group, stride_dqt, stride_dqh, HEAD_DIM, BLOCK_D)
+        grad_q = (
+            matmul(narrow(grad_s, k.dtype, UPCAST), k, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST) * softmax_scale
+        )
+        _store_pairs(grad_q_ptr, grad_q, offs_head, offs_m, in_group, stride_dqt, stride_dqh, HEAD_DIM, BLOCK_D, UPCAST)
 
         # by columns: the same again from operands in memory, because a product must not be transposed
         scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST) * softmax_scale_log2
@@ -219,15 +233,15 @@ def _attention_short_bwd_kernel(
         if HAS_DROPOUT:
             kept_t = drop_tile(kept_t, offs_m, heads, 0, seed, dropout_p, BLOCK_N, True)
             grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t / (1.0 - dropout_p))
-        grad_v = matmul(kept_t.to(q.dtype), grad_out, grad_v, UPCAST)
+        grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
         grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
-        grad_k = matmul(grad_s_t.to(q.dtype), q, grad_k, UPCAST)
+        grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
 
     if HAS_DROPOUT:
         grad_v = grad_v / (1.0 - dropout_p)
     offsets = first_row * stride_dkt + kv_head * stride_dkh + offs_n[:, None] * stride_dkt + offs_d[None, :]
-    store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, length, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(grad_v_ptr + offsets, grad_v, length, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, length, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
+    store_rows(grad_v_ptr + offsets, grad_v, length, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
 
 
 def attention_forward_short(

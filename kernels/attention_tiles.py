@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .ragged import INTERPRETED
+
 
 class Tiles(NamedTuple):
     """One kernel's launch: BLOCK_M query rows, BLOCK_N keys, warps, pipeline stages."""
@@ -41,11 +43,11 @@ class AttentionTiles(NamedTuple):
             "HEAD_DIM": q.shape[2],
             "BLOCK_D": padded_head_dim(q.shape[2]),
             "SHORT": self.short,
-            "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
+            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
         }
 
 
-INTERPRETED = AttentionTiles(
+INTERPRETER = AttentionTiles(
     short=16,
     forward=Tiles(32, 16, 1, 1),
     backward_dq=Tiles(32, 16, 1, 1),
@@ -113,7 +115,7 @@ FLOAT32 = {
 
 def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionTiles:
     if device.type != "cuda":
-        return INTERPRETED
+        return INTERPRETER
     return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device))
 
 

@@ -51,8 +51,10 @@ def load_rows(ptrs, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def store_rows(ptrs, rows, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    tl.store(ptrs, rows.to(ptrs.dtype.element_ty), mask=_row_mask(num_rows, ROWS, HEAD_DIM, BLOCK_D))
+def store_rows(
+    ptrs, rows, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):
+    tl.store(ptrs, narrow(rows, ptrs.dtype.element_ty, UPCAST), mask=_row_mask(num_rows, ROWS, HEAD_DIM, BLOCK_D))
 
 
 @triton.jit
@@ -72,6 +74,16 @@ def zero_tail(
     unused = ((rows >= num_used) & (rows < num_tokens))[:, None] & (offs_d < HEAD_DIM)[None, :]
     zeros = tl.zeros([SLOT_ROWS, BLOCK_D], ptr.dtype.element_ty)
     tl.store(ptr + rows.to(tl.int64)[:, None] * stride_t + offs_d[None, :], zeros, mask=unused)
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 `values` in `dtype`, to nearest even. UPCAST: the interpreter cuts bfloat16 off, so round its bits first."""
+    if UPCAST:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        values = bits.to(tl.float32, bitcast=True)
+    return values.to(dtype)
 
 
 @triton.jit
