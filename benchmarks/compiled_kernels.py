@@ -8,6 +8,7 @@ TRITON_INTERPRET must not be set.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -35,7 +36,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window_left": 128, "window_right": 0},
     "dropout": {"dropout_p": 0.1},
-    "future": {"future_p": 0.5},
+    "annealed": {"future_p": 0.5},
 }
 
 
@@ -79,10 +80,9 @@ def collected_launches(capability: int) -> Iterator[list]:
         driver._active = before
 
 
-def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: str, group_size: int = 4) -> dict:
+def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: str) -> dict:
     """Kernel name -> resources of every kernel that attention with this mask launches, forward and backward."""
-    block_d = attention_tiles.padded_head_dim(head_dim)
-    tiles = attention_tiles.tiles_for(block_d, dtype, (capability // 10, capability % 10))
+    group_size = 4
     q, out, grad_out, grad_q = (torch.empty(256, 2 * group_size, head_dim, dtype=dtype) for _ in range(4))
     k, v, grad_k, grad_v = (torch.empty(256, 2, head_dim, dtype=dtype) for _ in range(4))
     lse, delta = (torch.empty(2 * group_size, 256) for _ in range(2))
@@ -90,6 +90,8 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
     settings = {"window_left": -1, "window_right": -1, "dropout_p": 0.0, "future_p": 1.0, "future_p_tensor": None}
     settings |= {"seeds": torch.zeros(4, dtype=torch.int64)} | MASKS[mask]
     attention_mask = attention.AttentionMask(**settings)
+    block_d = attention_tiles.padded_head_dim(head_dim)
+    tiles = attention_tiles.tiles_for(block_d, dtype, divmod(capability, 10), attention_mask.random)
     last = (cu_seqlens, 0.125, attention_mask, tiles)
     with collected_launches(capability) as launches:
         attention.attention_forward_long(q, k, v, out, lse, *last)
@@ -131,24 +133,25 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--mask", nargs="+", default=["plain"], choices=list(MASKS))
-    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS))
+    parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
-    table: dict[str, dict] = {}
-    for capability in arguments.capability:
-        for dtype in arguments.dtype:
-            for head_dim in arguments.head_dim:
-                for mask in arguments.mask:
-                    case = f"sm_{capability} {dtype} D{head_dim} {mask}"
-                    kernels = compile_attention(
-                        capability, head_dim, getattr(torch, dtype), mask, group_size=arguments.group_size
-                    )
-                    for name, row in kernels.items():
-                        table[f"{case} {name}"] = row
-                        print(
-                            f"{case} {name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True
-                        )
-    print(json.dumps({"triton": triton.__version__, "kernels": table}))
+    figures: dict[str, dict] = {}
+    cases = itertools.product(arguments.capability, arguments.dtype, arguments.head_dim, arguments.mask)
+    for capability, dtype, head_dim, mask in cases:
+        for kernel, row in compile_attention(capability, head_dim, getattr(torch, dtype), mask).items():
+            name = f"sm_{capability} {dtype} D{head_dim} {mask} {kernel}"
+            figures[name] = row
+            print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if arguments.write is not None:
+        table = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
+        table.setdefault(triton.__version__, {}).update(figures)
+        rows = {version: dict(sorted(rows.items())) for version, rows in sorted(table.items())}
+        # a row to a line
+        text = json.dumps(rows, indent=2)
+        text = re.sub(r"\{([^{}]*)\}", lambda match: "{" + " ".join(match[1].split()) + "}", text)
+        arguments.write.write_text(text + "\n")
+    print(json.dumps({"triton": triton.__version__, "kernels": figures}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ class AttentionMask(NamedTuple):
     future_p_tensor: Tensor | None
     seeds: Tensor | None
 
+    @property
+    def random(self) -> bool:
+        return self.dropout_p > 0.0 or self.future_p < 1.0 or self.future_p_tensor is not None
+
     def arguments(self) -> dict:
         """Keyword arguments that every attention kernel takes."""
         on_device = self.future_p_tensor is not None

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels: from head dimension, dtype and device capability, and from nothing else.
+"""Tile sizes of the attention kernels: from head dimension, dtype, device capability and the kind of mask.
 
 What a sequence's result is, bit by bit, depends on these and on its own length, so no tuner runs and no batch is asked.
 """
@@ -60,7 +60,7 @@ INTERPRETER = AttentionTiles(
 SIXTEEN_BIT = {
     64: AttentionTiles(
         short=64,
-        forward=Tiles(128, 128, 4, 3),
+        forward=Tiles(128, 64, 8, 3),
         backward_dq=Tiles(128, 64, 8, 2),
         backward_dkv=Tiles(64, 128, 8, 2),
         short_forward=Tiles(64, 64, 4, 2),
@@ -70,7 +70,7 @@ SIXTEEN_BIT = {
         short=64,
         forward=Tiles(128, 64, 8, 3),
         backward_dq=Tiles(128, 64, 8, 2),
-        backward_dkv=Tiles(64, 64, 8, 2),
+        backward_dkv=Tiles(32, 128, 8, 2),
         short_forward=Tiles(64, 64, 4, 2),
         short_backward=Tiles(64, 64, 8, 1),
     ),
@@ -82,6 +82,12 @@ SIXTEEN_BIT = {
         short_forward=Tiles(64, 32, 8, 2),
         short_backward=Tiles(32, 32, 8, 1),
     ),
+}
+
+# drawing a mask takes registers that wider tiles do not have
+SIXTEEN_BIT_RANDOM = SIXTEEN_BIT | {
+    64: SIXTEEN_BIT[64]._replace(backward_dkv=Tiles(64, 64, 8, 2), short_backward=Tiles(64, 64, 8, 1)),
+    128: SIXTEEN_BIT[128]._replace(backward_dkv=Tiles(32, 64, 8, 2), short_backward=Tiles(32, 64, 8, 1)),
 }
 
 # true float32 products run outside the tensor cores, with both operands in registers: small tiles
@@ -113,19 +119,22 @@ FLOAT32 = {
 }
 
 
-def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionTiles:
+def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, random: bool) -> AttentionTiles:
+    """`random`: whether a mask is drawn, by dropout or by annealing."""
     if device.type != "cuda":
         return INTERPRETER
-    return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device))
+    return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device), random)
 
 
 def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionTiles:
+def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], random: bool) -> AttentionTiles:
     """Tiles for a head dimension padded to `block_d`, a power of two from 16 to 256."""
-    return (FLOAT32 if dtype == torch.float32 else SIXTEEN_BIT)[max(64, block_d)]
+    if dtype == torch.float32:
+        return FLOAT32[max(64, block_d)]
+    return (SIXTEEN_BIT_RANDOM if random else SIXTEEN_BIT)[max(64, block_d)]
 
 
 @functools.cache
