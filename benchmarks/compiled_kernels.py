@@ -2,9 +2,9 @@
 
     python -m bivec.benchmarks.compiled_kernels --capability 90 --head-dim 64 128 --dtype bfloat16
 
-The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch is
-compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON document;
-TRITON_INTERPRET must not be set.
+The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch
+is compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON
+document; TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -28,9 +28,6 @@ from triton.runtime.jit import JITFunction
 from ..kernels import attention, attention_tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-# dynamic shared memory that one block may ask for, bytes (CUDA programming guide, compute capabilities)
-SHARED_MEMORY_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 
 MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -87,7 +84,13 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
     k, v, grad_k, grad_v = (torch.empty(256, 2, head_dim, dtype=dtype) for _ in range(4))
     lse, delta = (torch.empty(2 * group_size, 256) for _ in range(2))
     cu_seqlens = torch.zeros(5, dtype=torch.int32)
-    settings = {"window_left": -1, "window_right": -1, "dropout_p": 0.0, "future_p": 1.0, "future_p_tensor": None}
+    settings: dict[str, Any] = {
+        "window_left": -1,
+        "window_right": -1,
+        "dropout_p": 0.0,
+        "future_p": 1.0,
+        "future_p_tensor": None,
+    }
     settings |= {"seeds": torch.zeros(4, dtype=torch.int64)} | MASKS[mask]
     attention_mask = attention.AttentionMask(**settings)
     block_d = attention_tiles.padded_head_dim(head_dim)
@@ -110,9 +113,9 @@ def resources(kernel) -> dict:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(kernel.asm["ptx"])
         cubin.write_bytes(kernel.asm["cubin"])
-        command = [assembler, "-v", f"--gpu-name={match[1]}", ptx, "-o", Path(folder, "again.cubin")]
+        command = [str(assembler), "-v", f"--gpu-name={match[1]}", str(ptx), "-o", str(Path(folder, "again.cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [TOOLS / "nvdisasm", "-c", cubin]
+        command = [str(TOOLS / "nvdisasm"), "-c", str(cubin)]
         machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def number(pattern: str) -> int:

@@ -1,11 +1,12 @@
-"""Attention over packed sequences as a differentiable torch operator: `varlen_attention`, of any mask a window describes.
+"""Attention over packed sequences as a differentiable torch operator: `varlen_attention`, of any mask a window
+describes.
 
     scores = q @ k.T * softmax_scale                    # for every sequence and head
     output = softmax(where(visible, scores, -inf)) @ v
 
-`reference.py` says the same in eager PyTorch. `T` packed tokens (a slab's capacity), `S` sequences (likewise), `H` query
-heads, `G` key/value heads, `D` head dimension. The launch depends on these alone: no length is read back, so a call can be
-captured in a CUDA graph, and a sequence's result depends on nothing but itself.
+`reference.py` says the same in eager PyTorch. `T` packed tokens (a slab's capacity), `S` sequences (likewise), `H`
+query heads, `G` key/value heads, `D` head dimension. The launch depends on these alone: no length is read back, so a
+call can be captured in a CUDA graph, and a sequence's result depends on nothing but itself.
 """
 
 import math
@@ -122,17 +123,17 @@ def varlen_attention(
 ) -> Tensor:
     """Attention within each packed sequence; (T, H, D), (T, G, D), (T, G, D) -> (T, H, D).
 
-    q, k, v          bfloat16, float16 or float32 (multiplied as float32, never tf32); G divides H, D is 16 to 256; the last
-                     dimension contiguous, the others strided as they like, so slices of a fused projection need no copy
-    cu_seqlens       int32 (S + 1,), from 0 up, on the same device. Rows at and beyond `cu_seqlens[-1]` are written as
+    q, k, v          bfloat16, float16 or float32 (multiplied as float32, never tf32); G divides H, D is 16 to 256; the
+                     last dimension contiguous, the others strided at will: slices of a fused projection need no copy
+    cu_seqlens       int32 (S + 1,), from 0 up, on the device. Rows at and beyond `cu_seqlens[-1]` are written as
                      zero, in the output and in every gradient
     max_seqlen       taken for flash-attention's signature; nothing is computed from it
-    window_size      a query sees keys from `left` before to `right` after it, -1 for no bound: (-1, -1) is bidirectional,
-                     (-1, 0) causal
+    window_size      a query sees keys from `left` before to `right` after it, -1 for no bound: (-1, -1) is
+                     bidirectional, (-1, 0) causal
     softmax_scale    default D ** -0.5
     dropout_p        in [0, 1): probabilities are dropped with this chance, the others scaled by 1 / (1 - dropout_p)
-    future_p         in [0, 1]: each key ahead of its query is shown with this chance, the same to all heads. A float32
-                     tensor of one element on the device may stand for the number, so that a captured graph can anneal it
+    future_p         in [0, 1]: each key ahead of its query is shown with this chance, the same to all heads. A
+                     float32 tensor of one element on the device may stand for it, so that a captured graph can anneal
     seeds            int64 (S,) on the device, needed by the last two: the mask of a sequence is Philox 4x32-10 keyed by
                      its seed, on local positions
 
@@ -147,7 +148,8 @@ def varlen_attention(
     if isinstance(future_p, Tensor):
         if future_p.numel() != 1 or future_p.dtype != torch.float32 or future_p.device != q.device:
             raise ValueError(
-                f"future_p must be a number or one float32 element on {q.device}, got {_describe(future_p)} on {future_p.device}"
+                f"future_p must be a number or one float32 element on {q.device}, "
+                f"got {_describe(future_p)} on {future_p.device}"
             )
         future_p, future_p_tensor = 1.0, future_p
     elif not 0.0 <= future_p <= 1.0:
@@ -162,7 +164,7 @@ def varlen_attention(
     if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"q must be on a CUDA device, got {q.device}; on a CPU use bivec.kernels.reference.varlen_attention or "
-            "torch's scaled_dot_product_attention, or, to test the kernel, set TRITON_INTERPRET=1 before triton is imported"
+            "torch's scaled_dot_product_attention or, to test the kernel, set TRITON_INTERPRET=1 before triton loads"
         )
     out, _ = _attention_forward(
         q,

@@ -1,11 +1,11 @@
 """Attention over packed sequences, backward, for sequences that span tiles; short ones are in attention_short.py.
 
-`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. With P = softmax(S),
-`dV = Pᵀ dO`, `dS = P ∘ (dO Vᵀ - delta)` where `delta = rowsum(dO ∘ O)`, `dQ = dS K` and `dK = dSᵀ Q` (FlashAttention-2,
-Dao, 2023). Two kernels recompute P from the saved log-sum-exp: one owns queries and writes dQ and delta, one owns keys and
-writes dK and dV over all query heads of their group. Nothing is added atomically, so the result is the same every time.
-The second computes Sᵀ = K Qᵀ as such, from operands in memory: Triton 3.4 to 3.7.0 multiplies a transposed matrix product
-wrongly on Hopper.
+`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. With P = softmax(S), `dV =
+Pᵀ dO`, `dS = P ∘ (dO Vᵀ - delta)` where `delta = rowsum(dO ∘ O)`, `dQ = dS K` and `dK = dSᵀ Q` (FlashAttention-2, Dao,
+2023). Two kernels recompute P from the saved log-sum-exp: one owns queries and writes dQ and delta, one owns keys and
+writes dK and dV over all query heads of their group. Nothing is added atomically, so the result is the same every
+time. The second computes Sᵀ = K Qᵀ as such, from operands in memory: Triton 3.4 to 3.7.0 multiplies a transposed
+matrix product wrongly on Hopper.
 """
 
 import triton

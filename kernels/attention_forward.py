@@ -1,8 +1,9 @@
 """Attention over packed sequences, forward: softmax(q kᵀ · scale + mask) v within each sequence, never stored whole.
 
-`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. The softmax runs tile by tile
-with a running maximum (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022), in base 2 because the hardware's
-exponential is. A program takes BLOCK_M queries of one head of a long sequence; short sequences are in attention_short.py.
+`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. The softmax runs tile by
+tile with a running maximum (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022), in base 2 because the
+hardware's exponential is. A program takes BLOCK_M queries of one head of a long sequence; short sequences are in
+attention_short.py.
 """
 
 import triton
@@ -149,8 +150,8 @@ def attention_forward_long(
     mask: AttentionMask,
     tiles: AttentionTiles,
 ) -> None:
-    """Write `out` (T, H, D) and `lse` (H, T), base 2, for sequences above `tiles.short` tokens and for the unused tail."""
-    num_tokens, num_heads, head_dim = q.shape
+    """Write `out` (T, H, D) and `lse` (H, T), base 2, of sequences above `tiles.short` tokens and of the tail."""
+    num_tokens, num_heads, _ = q.shape
     tile = tiles.forward
     slot_rows = tiles.slot_rows(tile.block_m)
     _attention_fwd_kernel[(triton.cdiv(num_tokens, slot_rows), num_heads)](

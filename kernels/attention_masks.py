@@ -1,4 +1,5 @@
-"""Which keys a query sees and which probabilities are dropped: the same tiles for the forward and every backward kernel.
+"""Which keys a query sees and which probabilities are dropped: the same tiles for the forward and every backward
+kernel.
 
 A key is visible to a query when it is in the window, `-left <= key - query <= right`, and, if it lies ahead, when the
 annealed mask shows it. Everything is a run-time value; only whether a mask exists at all is compiled in.

@@ -1,9 +1,10 @@
 """Attention over short sequences: one program computes a whole sequence for one key/value head, forward or backward.
 
-`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension, `L` the sequence's length, at
-most BLOCK_N. Keys and values are read once. The rows of a query tile are the `H / G * L` (query head, token) pairs of the
-group in order, so that twenty tokens with four heads to a group fill a tile of 64 rows instead of a third of one. The
-backward recomputes the softmax from q, k, v alone: below this length its inputs cost more to read than to multiply.
+`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension, `L` the sequence's length,
+at most BLOCK_N. Keys and values are read once. The rows of a query tile are the `H / G * L` (query head, token) pairs
+of the group in order, so that twenty tokens with four heads to a group fill a tile of 64 rows instead of a third of
+one. The backward recomputes the softmax from q, k, v alone: below this length its inputs cost more to read than to
+multiply.
 """
 
 import triton
@@ -19,7 +20,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _load_pairs(ptr, offs_head, offs_m, in_group, stride_t, stride_h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of (head, token) pairs: [BLOCK_M, BLOCK_D]; `ptr` is at the sequence's first row of the group's first head."""
+    """Rows of (head, token) pairs, [BLOCK_M, BLOCK_D]; `ptr` is at the group's first head of the first token."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + (offs_m * stride_t + offs_head * stride_h)[:, None] + offs_d[None, :]
     return tl.load(ptrs, mask=in_group[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)

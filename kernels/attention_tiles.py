@@ -90,6 +90,27 @@ SIXTEEN_BIT_RANDOM = SIXTEEN_BIT | {
     128: SIXTEEN_BIT[128]._replace(backward_dkv=Tiles(32, 64, 8, 2), short_backward=Tiles(32, 64, 8, 1)),
 }
 
+# consumer chips (8.6, 8.9, 12.x) have 99 KiB of shared memory to a block instead of 163 or more
+SIXTEEN_BIT_SMALL = {
+    64: SIXTEEN_BIT_RANDOM[64],
+    128: AttentionTiles(
+        short=32,
+        forward=Tiles(64, 64, 4, 2),
+        backward_dq=Tiles(64, 32, 4, 2),
+        backward_dkv=Tiles(32, 64, 8, 1),
+        short_forward=Tiles(64, 32, 4, 1),
+        short_backward=Tiles(32, 32, 4, 1),
+    ),
+    256: AttentionTiles(
+        short=16,
+        forward=Tiles(32, 32, 4, 1),
+        backward_dq=Tiles(32, 32, 8, 1),
+        backward_dkv=Tiles(32, 32, 8, 1),
+        short_forward=Tiles(32, 16, 4, 1),
+        short_backward=Tiles(32, 16, 8, 1),
+    ),
+}
+
 # true float32 products run outside the tensor cores, with both operands in registers: small tiles
 FLOAT32 = {
     64: AttentionTiles(
@@ -134,6 +155,8 @@ def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], ran
     """Tiles for a head dimension padded to `block_d`, a power of two from 16 to 256."""
     if dtype == torch.float32:
         return FLOAT32[max(64, block_d)]
+    if capability[0] >= 12 or (capability[0] == 8 and capability[1] > 0):
+        return SIXTEEN_BIT_SMALL[max(64, block_d)]
     return (SIXTEEN_BIT_RANDOM if random else SIXTEEN_BIT)[max(64, block_d)]
 
 

@@ -4,8 +4,8 @@
     register_with_transformers()
     model = AutoModel.from_pretrained(..., attn_implementation="bivec")
 
-`B` rows, `L` tokens a row, `H` query heads, `G` key/value heads, `D` head dimension. Shapes stay fixed and no length is read
-back: the slab holds all `B * L` tokens, real ones first, and what the padding leaves over is its tail.
+`B` rows, `L` tokens a row, `H` query heads, `G` key/value heads, `D` head dimension. Shapes stay fixed and no length
+is read back: the slab holds all `B * L` tokens, real ones first, and what the padding leaves over is its tail.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,7 +86,7 @@ def attention_forward(
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f'{name} must be None for attn_implementation="bivec", got {type(kwargs[name]).__name__}')
-    batch_size, num_heads, q_length, head_dim = query.shape
+    batch_size, _, q_length, head_dim = query.shape
     kv_length, value_dim = key.shape[2], value.shape[3]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(getattr(module, "config", None), "is_causal", True)

@@ -1,8 +1,9 @@
 """Random masks that need no storage: Philox 4x32-10 (Salmon et al., 2011) on the position inside the sequence.
 
-The key is the sequence's 64-bit seed; the counter is (query, key // 4, head, stream) with local positions, 32 bits each,
-and key `n` takes the word `n % 4`. So a mask does not depend on tiles, on neighbours or on where the sequence stands,
-the backward draws the forward's mask again, and nothing can wrap. `reference.py` draws the same words in plain torch.
+The key is the sequence's 64-bit seed; the counter is (query, key // 4, head, stream) with local positions, 32 bits
+each, and key `n` takes the word `n % 4`. So a mask does not depend on tiles, on neighbours or on where the sequence
+stands, the backward draws the forward's mask again, and nothing can wrap. `reference.py` draws the same words in plain
+torch.
 """
 
 import triton

@@ -1,10 +1,10 @@
 """What every kernel over packed sequences shares: a fixed grid over unknown lengths, and rows of a ragged matrix.
 
-`T` packed tokens, `S` sequences, `D` head dimension. A grid must not depend on the lengths, which live on the device, so
-a launch has one *slot* for every `SLOT_ROWS` rows of the slab, and sequence `s` owns the slots from
-`cu_seqlens[s] // SLOT_ROWS` up to those of the next one. Any run of `length` rows spans at least `length // SLOT_ROWS`
-slots, which is enough for `ceil(length / BLOCK)` tiles whenever `length >= SLOT_ROWS` and `BLOCK >= 2 * SLOT_ROWS`;
-shorter sequences have a kernel of their own. No table is built, nothing is read back, and slots left over return at once.
+`T` packed tokens, `S` sequences, `D` head dimension. A grid must not depend on the lengths, which live on the device,
+so a launch has one *slot* for every `SLOT_ROWS` rows of the slab, and sequence `s` owns the slots from `cu_seqlens[s]
+// SLOT_ROWS` up to those of the next one. Any run of `length` rows spans at least `length // SLOT_ROWS` slots, which
+is enough for `ceil(length / BLOCK)` tiles whenever `length >= SLOT_ROWS` and `BLOCK >= 2 * SLOT_ROWS`; shorter
+sequences have a kernel of their own. No table is built, nothing is read back, and slots left over return at once.
 """
 
 import triton
@@ -16,7 +16,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 @triton.jit
 def find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS: tl.constexpr, FAN: tl.constexpr):
-    """The last sequence whose first slot is not after `slot`: two rounds of FAN probes where a binary search takes ten."""
+    """The last sequence whose first slot is not after `slot`: two rounds of FAN probes, a binary search takes ten."""
     stride = tl.cdiv(num_sequences, FAN)
     probes = tl.arange(0, FAN) * stride
     starts = tl.load(cu_seqlens_ptr + probes, mask=probes < num_sequences, other=0x7FFFFFFF)
@@ -68,7 +68,7 @@ def zero_tail(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Zero those of this slot's own rows of a (T, ...) matrix that no sequence uses; `ptr` is at the head's first row."""
+    """Zero this slot's own rows of a (T, ...) matrix as far as no sequence uses them; `ptr` is at its first row."""
     rows = slot * SLOT_ROWS + tl.arange(0, SLOT_ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     unused = ((rows >= num_used) & (rows < num_tokens))[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -78,7 +78,7 @@ def zero_tail(
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 `values` in `dtype`, to nearest even. UPCAST: the interpreter cuts bfloat16 off, so round its bits first."""
+    """float32 `values` in `dtype`, to nearest even. UPCAST: the interpreter truncates to bfloat16, so round first."""
     if UPCAST:
         bits = values.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

@@ -4,6 +4,8 @@ Slow, exact in any floating-point dtype, differentiable by autograd. `T` packed 
 `G` key/value heads, `D` head dimension.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ def varlen_attention(
     left, right = window_size
     bounds = cu_seqlens.tolist()
     outputs = []
-    for sequence, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (start, stop) in enumerate(itertools.pairwise(bounds)):
         group_size = num_heads // k.shape[1]
         queries = q[start:stop].transpose(0, 1)  # (H, L, D)
         keys = k[start:stop].transpose(0, 1).repeat_interleave(group_size, dim=0)
@@ -68,7 +70,7 @@ def varlen_attention(
 
 
 def _uniform(seed: Tensor, length: int, num_heads: int, stream: int) -> Tensor:
-    """Float32 numbers in [0, 1), (num_heads, length, length): word `key % 4` of counter (query, key // 4, head, stream)."""
+    """Numbers in [0, 1), (num_heads, length, length): word `key % 4` of counter (query, key // 4, head, stream)."""
     position = torch.arange(length, device=seed.device)
     head = torch.arange(num_heads, device=seed.device)
     shape = (num_heads, length, (length + 3) // 4)

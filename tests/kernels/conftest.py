@@ -16,7 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
-    """Kernels run under the interpreter where there is no GPU and on the GPU, with the tiles that ship, where there is."""
+    """Kernels run on the GPU, with the tiles that ship, where there is one, and else under the interpreter."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if request.param == "cpu" and torch.cuda.is_available():
@@ -38,7 +38,7 @@ def gradients():
 
 @pytest.fixture
 def check_against_truth():
-    """Compare output and gradients with float64 on the same inputs: the error may be twice the eager version's own error
+    """Compare output and gradients with float64 on the same inputs: the error may be twice the eager version's own
     in the same dtype plus one rounding step of the largest value."""
 
     def check(function, reference, inputs, upstream, *args, **kwargs):

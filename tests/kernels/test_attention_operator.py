@@ -180,7 +180,7 @@ def test_transformers_masks_that_cannot_be_said_are_refused():
     decoder = model("Llama", num_key_value_heads=2)
     decoder.set_attn_implementation("bivec")
     tokens = torch.randint(1, 99, (1, 8))
-    with pytest.raises(ValueError, match="attention_mask must be padding .* packed_sequence_mask_function"):
+    with pytest.raises(ValueError, match=r"attention_mask must be padding .* packed_sequence_mask_function"):
         decoder(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), use_cache=False)
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 8\) padding, got \(1, 1, 8, 8\)"):
         decoder(tokens, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
