@@ -35,6 +35,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.1},
     "annealed": {"future_p": 0.5},
 }
+RANDOM_MASKS = ("dropout", "annealed")
 
 
 class _AbsentDevice:
@@ -91,10 +92,10 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
         "future_p": 1.0,
         "future_p_tensor": None,
     }
-    settings |= {"seeds": torch.zeros(4, dtype=torch.int64)} | MASKS[mask]
+    settings |= {"seeds": torch.zeros(4, dtype=torch.int64) if mask in RANDOM_MASKS else None} | MASKS[mask]
     attention_mask = attention.AttentionMask(**settings)
     block_d = attention_tiles.padded_head_dim(head_dim)
-    tiles = attention_tiles.tiles_for(block_d, dtype, divmod(capability, 10), attention_mask.random)
+    tiles = attention_tiles.tiles_for(block_d, dtype, divmod(capability, 10), attention_mask)
     last = (cu_seqlens, 0.125, attention_mask, tiles)
     with collected_launches(capability) as launches:
         attention.attention_forward_long(q, k, v, out, lse, *last)

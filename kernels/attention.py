@@ -42,9 +42,10 @@ def _attention_forward(
     if cu_seqlens.shape[0] == 1 or out.numel() == 0:
         return out.zero_(), lse.zero_()
     mask = AttentionMask(window_left, window_right, dropout_p, future_p, future_p_tensor, seeds)
-    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask.random)
-    attention_forward_long(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
-    attention_forward_short(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
+    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask)
+    with torch.cuda.device_of(q):
+        attention_forward_long(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
+        attention_forward_short(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
     return out, lse
 
 
@@ -78,11 +79,12 @@ def _attention_backward(
     if grad_out.stride(2) != 1:  # an expanded gradient, as from a sum
         grad_out = grad_out.contiguous()
     mask = AttentionMask(window_left, window_right, dropout_p, future_p, future_p_tensor, seeds)
-    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask.random)
+    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask)
     delta = torch.empty_like(lse)
     gradients = (grad_q, grad_k, grad_v)
-    attention_backward_long(q, k, v, out, lse, grad_out, *gradients, delta, cu_seqlens, softmax_scale, mask, tiles)
-    attention_backward_short(q, k, v, grad_out, *gradients, cu_seqlens, softmax_scale, mask, tiles)
+    with torch.cuda.device_of(q):
+        attention_backward_long(q, k, v, out, lse, grad_out, *gradients, delta, cu_seqlens, softmax_scale, mask, tiles)
+        attention_backward_short(q, k, v, grad_out, *gradients, cu_seqlens, softmax_scale, mask, tiles)
     return gradients
 
 

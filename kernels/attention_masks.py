@@ -27,6 +27,10 @@ class AttentionMask(NamedTuple):
     seeds: Tensor | None
 
     @property
+    def windowed(self) -> bool:
+        return self.window_left >= 0 or self.window_right >= 0
+
+    @property
     def random(self) -> bool:
         return self.dropout_p > 0.0 or self.future_p < 1.0 or self.future_p_tensor is not None
 
@@ -39,7 +43,7 @@ class AttentionMask(NamedTuple):
             "window_right": UNBOUNDED if self.window_right < 0 else min(self.window_right, UNBOUNDED),
             "dropout_p": float(self.dropout_p),
             "future_p": self.future_p_tensor if on_device else float(self.future_p),
-            "HAS_WINDOW": self.window_left >= 0 or self.window_right >= 0,
+            "HAS_WINDOW": self.windowed,
             "HAS_DROPOUT": self.dropout_p > 0.0,
             "HAS_FUTURE": on_device or self.future_p < 1.0,
             "FUTURE_ON_DEVICE": on_device,

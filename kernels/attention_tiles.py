@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .attention_masks import AttentionMask
 from .ragged import INTERPRETED
 
 
@@ -84,10 +85,11 @@ SIXTEEN_BIT = {
     ),
 }
 
-# drawing a mask takes registers that wider tiles do not have
-SIXTEEN_BIT_RANDOM = SIXTEEN_BIT | {
+# looking at positions, and drawing a mask, take registers that wider tiles do not have
+SIXTEEN_BIT_WINDOW = SIXTEEN_BIT | {128: SIXTEEN_BIT[128]._replace(short_backward=Tiles(16, 64, 4, 1))}
+SIXTEEN_BIT_RANDOM = SIXTEEN_BIT_WINDOW | {
     64: SIXTEEN_BIT[64]._replace(backward_dkv=Tiles(64, 64, 8, 2), short_backward=Tiles(64, 64, 8, 1)),
-    128: SIXTEEN_BIT[128]._replace(backward_dkv=Tiles(32, 64, 8, 2), short_backward=Tiles(32, 64, 8, 1)),
+    128: SIXTEEN_BIT_WINDOW[128]._replace(backward_dkv=Tiles(32, 64, 8, 2)),
 }
 
 # consumer chips (8.6, 8.9, 12.x) have 99 KiB of shared memory to a block instead of 163 or more
@@ -115,7 +117,7 @@ SIXTEEN_BIT_SMALL = {
 FLOAT32 = {
     64: AttentionTiles(
         short=32,
-        forward=Tiles(64, 32, 4, 2),
+        forward=Tiles(64, 32, 8, 2),
         backward_dq=Tiles(64, 32, 8, 2),
         backward_dkv=Tiles(32, 64, 8, 2),
         short_forward=Tiles(32, 32, 4, 1),
@@ -123,16 +125,16 @@ FLOAT32 = {
     ),
     128: AttentionTiles(
         short=32,
-        forward=Tiles(32, 32, 4, 2),
+        forward=Tiles(32, 32, 8, 2),
         backward_dq=Tiles(32, 32, 8, 2),
         backward_dkv=Tiles(32, 32, 8, 2),
         short_forward=Tiles(32, 32, 8, 1),
-        short_backward=Tiles(32, 32, 8, 1),
+        short_backward=Tiles(16, 32, 8, 1),
     ),
     256: AttentionTiles(
         short=16,
         forward=Tiles(32, 16, 8, 1),
-        backward_dq=Tiles(32, 16, 8, 1),
+        backward_dq=Tiles(16, 16, 8, 1),
         backward_dkv=Tiles(16, 32, 8, 1),
         short_forward=Tiles(16, 16, 8, 1),
         short_backward=Tiles(16, 16, 8, 1),
@@ -140,24 +142,25 @@ FLOAT32 = {
 }
 
 
-def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, random: bool) -> AttentionTiles:
-    """`random`: whether a mask is drawn, by dropout or by annealing."""
+def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, mask: AttentionMask) -> AttentionTiles:
     if device.type != "cuda":
         return INTERPRETER
-    return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device), random)
+    return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device), mask)
 
 
 def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], random: bool) -> AttentionTiles:
+def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], mask: AttentionMask) -> AttentionTiles:
     """Tiles for a head dimension padded to `block_d`, a power of two from 16 to 256."""
     if dtype == torch.float32:
         return FLOAT32[max(64, block_d)]
     if capability[0] >= 12 or (capability[0] == 8 and capability[1] > 0):
         return SIXTEEN_BIT_SMALL[max(64, block_d)]
-    return (SIXTEEN_BIT_RANDOM if random else SIXTEEN_BIT)[max(64, block_d)]
+    if mask.random:
+        return SIXTEEN_BIT_RANDOM[max(64, block_d)]
+    return (SIXTEEN_BIT_WINDOW if mask.windowed else SIXTEEN_BIT)[max(64, block_d)]
 
 
 @functools.cache

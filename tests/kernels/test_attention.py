@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bivec.kernels import attention_tiles, reference
 from bivec.kernels.attention import varlen_attention
+from bivec.kernels.attention_masks import AttentionMask
 
 # around the tiles that run: 32 queries by 16 keys, short up to 16, in the interpreter; 64 and 128 on a GPU
 LENGTHS = {"cpu": [1, 0, 15, 16, 17, 33, 65], "cuda": [1, 0, 63, 64, 65, 128, 129, 300, 1000]}
@@ -111,7 +112,7 @@ def test_any_lengths_and_windows(lengths, left, right, head_dim, dtype):
 def test_tiles_that_ship_under_the_interpreter(dtype, head_dim, check_against_truth):
     if torch.cuda.is_available():
         pytest.skip("the GPU runs these tiles in every test")
-    shipped = attention_tiles.tiles_for(head_dim, DTYPES[dtype], (9, 0), random=False)
+    shipped = attention_tiles.tiles_for(head_dim, DTYPES[dtype], (9, 0), AttentionMask(-1, -1, 0.0, 1.0, None, None))
     inputs, upstream, cu_seqlens = packed([63, 64, 65, 130], 2, 1, head_dim, DTYPES[dtype], "cpu")
     with mock.patch.object(attention_tiles, "INTERPRETER", shipped):
         check_against_truth(varlen_attention, reference.varlen_attention, inputs, upstream, cu_seqlens, 130)
