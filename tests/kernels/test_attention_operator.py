@@ -42,21 +42,35 @@ def test_no_graph_break_when_compiled(device):
 def test_graph_capture_and_no_synchronisation():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    q, k, v = (torch.randn(2048, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    q, k, v = (
+        torch.randn(2048, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
+    )
+    upstream = torch.randn(2048, 8, 64, device="cuda", dtype=torch.bfloat16)
     cu_seqlens = torch.tensor([0, 30, 900, 900, 900], dtype=torch.int32, device="cuda")
-    varlen_attention(q, k, v, cu_seqlens, 2048)
-    torch.cuda.synchronize()
+
+    def step() -> list[torch.Tensor]:
+        output = varlen_attention(q, k, v, cu_seqlens, 2048)
+        return [output, *torch.autograd.grad(output, (q, k, v), upstream)]
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = varlen_attention(q, k, v, cu_seqlens, 2048)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
     for bounds in ([0, 30, 900, 900, 900], [0, 1, 2, 1500, 2048], [0, 0, 0, 0, 0]):
         cu_seqlens.copy_(torch.tensor(bounds, dtype=torch.int32))
         graph.replay()
-        assert torch.equal(captured, varlen_attention(q, k, v, cu_seqlens, 2048))
+        for ours, theirs in zip(captured, step(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def changed(name, value):
