@@ -1,0 +1,162 @@
+"""What the kernels become on a GPU, read without one: registers, spills, shared memory, tensor-core instructions.
+
+    python -m bivec.benchmarks.compiled_kernels --capability 90 --head-dim 64 128 --dtype bfloat16
+
+The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch
+is compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON
+document; TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ..kernels import attention, attention_tiles
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window_left": 128, "window_right": 0},
+    "dropout": {"dropout_p": 0.1},
+    "annealed": {"future_p": 0.5},
+}
+RANDOM_MASKS = ("dropout", "annealed")
+
+
+class _AbsentDevice:
+    """The part of Triton's driver that compiling asks: which device is this?"""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextmanager
+def collected_launches(capability: int) -> Iterator[list]:
+    """Compile instead of launching, for a device of this capability; yields the list of compiled kernels."""
+    launches: list = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        launches.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    before = driver._active
+    driver.set_active(_AbsentDevice(capability))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield launches
+    finally:
+        driver._active = before
+
+
+def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: str) -> dict:
+    """Kernel name -> resources of every kernel that attention with this mask launches, forward and backward."""
+    group_size = 4
+    q, out, grad_out, grad_q = (torch.empty(256, 2 * group_size, head_dim, dtype=dtype) for _ in range(4))
+    k, v, grad_k, grad_v = (torch.empty(256, 2, head_dim, dtype=dtype) for _ in range(4))
+    lse, delta = (torch.empty(2 * group_size, 256) for _ in range(2))
+    cu_seqlens = torch.zeros(5, dtype=torch.int32)
+    settings: dict[str, Any] = {
+        "window_left": -1,
+        "window_right": -1,
+        "dropout_p": 0.0,
+        "future_p": 1.0,
+        "future_p_tensor": None,
+    }
+    settings |= {"seeds": torch.zeros(4, dtype=torch.int64) if mask in RANDOM_MASKS else None} | MASKS[mask]
+    attention_mask = attention.AttentionMask(**settings)
+    block_d = attention_tiles.padded_head_dim(head_dim)
+    tiles = attention_tiles.tiles_for(block_d, dtype, divmod(capability, 10), attention_mask)
+    last = (cu_seqlens, 0.125, attention_mask, tiles)
+    with collected_launches(capability) as launches:
+        attention.attention_forward_long(q, k, v, out, lse, *last)
+        attention.attention_forward_short(q, k, v, out, lse, *last)
+        attention.attention_backward_long(q, k, v, out, lse, grad_out, grad_q, grad_k, grad_v, delta, *last)
+        attention.attention_backward_short(q, k, v, grad_out, grad_q, grad_k, grad_v, *last)
+    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
+def resources(kernel) -> dict:
+    """Registers a thread, spilled bytes, shared memory and instructions of a compiled kernel."""
+    assembler = next(tool for name in ("ptxas-blackwell", "ptxas") if (tool := TOOLS / name).exists())
+    match = re.search(r"\.target (\S+?)[,\s]", kernel.asm["ptx"])
+    assert match is not None
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(kernel.asm["ptx"])
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [str(assembler), "-v", f"--gpu-name={match[1]}", str(ptx), "-o", str(Path(folder, "again.cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [str(TOOLS / "nvdisasm"), "-c", str(cubin)]
+        machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def number(pattern: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, report))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spilled_bytes": number(r"(\d+) bytes spill (?:stores|loads)"),
+        "shared_bytes": kernel.metadata.shared,
+        "wgmma": len(re.findall(r"\bHGMMA\b", machine_code)),
+        "mma": len(re.findall(r"\bHMMA\b", machine_code)) + len(re.findall(r"\bUTC\w*MMA\b", machine_code)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", machine_code, re.MULTILINE)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS))
+    parser.add_argument("--write", type=Path, help="merge the figures into this table")
+    arguments = parser.parse_args()
+    figures: dict[str, dict] = {}
+    cases = itertools.product(arguments.capability, arguments.dtype, arguments.head_dim, arguments.mask)
+    for capability, dtype, head_dim, mask in cases:
+        for kernel, row in compile_attention(capability, head_dim, getattr(torch, dtype), mask).items():
+            name = f"sm_{capability} {dtype} D{head_dim} {mask} {kernel}"
+            figures[name] = row
+            print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if arguments.write is not None:
+        table = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
+        table.setdefault(triton.__version__, {}).update(figures)
+        rows = {version: dict(sorted(rows.items())) for version, rows in sorted(table.items())}
+        # a row to a line
+        text = json.dumps(rows, indent=2)
+        text = re.sub(r"\{([^{}]*)\}", lambda match: "{" + " ".join(match[1].split()) + "}", text)
+        arguments.write.write_text(text + "\n")
+    print(json.dumps({"triton": triton.__version__, "kernels": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""Attention over packed sequences, backward, for sequences that span tiles; short ones are in attention_short.py.
+
+`T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. With P = softmax(S), `dV =
+Pᵀ dO`, `dS = P ∘ (dO Vᵀ - delta)` where `delta = rowsum(dO ∘ O)`, `dQ = dS K` and `dK = dSᵀ Q` (FlashAttention-2, Dao,
+2023). Two kernels recompute P from the saved log-sum-exp: one owns queries and writes dQ and delta, one owns keys and
+writes dK and dV over all query heads of their group. Nothing is added atomically, so the result is the same every
+time. The second computes Sᵀ = K Qᵀ as such, from operands in memory: Triton 3.4 to 3.7.0 multiplies a transposed
+matrix product wrongly on Hopper.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .attention_tiles import AttentionTiles
+from .ragged import find_sequence, load_rows, matmul, narrow, store_rows, zero_tail
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
+def _attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    grad_out_ptr,
+    grad_q_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_seqlens_ptr,
+    num_tokens,
+    num_sequences,
+    softmax_scale,
+    softmax_scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    stride_dqt,
+    stride_dqh,
+    seeds_ptr,
+    window_left,
+    window_right,
+    dropout_p,
+    future_p,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_FUTURE: tl.constexpr,
+    FUTURE_ON_DEVICE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHORT: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    grad_q_ptr += head.to(tl.int64) * stride_dqh
+    num_used = tl.load(cu_seqlens_ptr + num_sequences)
+    if (slot + 1) * SLOT_ROWS > num_used:
+        zero_tail(grad_q_ptr, stride_dqt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
+
+    sequence = find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, 128)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start_m = (slot - start // SLOT_ROWS) * BLOCK_M
+    if length <= SHORT or start_m >= length:
+        return
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    seed = load_seed(seeds_ptr, sequence, HAS_DROPOUT, HAS_FUTURE)
+    shown = load_probability(future_p, FUTURE_ON_DEVICE)
+    first_row = start.to(tl.int64)
+    kv_head = (head // GROUP_SIZE).to(tl.int64)
+    q_ptr += head.to(tl.int64) * stride_qh + (first_row + start_m) * stride_qt
+    out_ptr += head.to(tl.int64) * stride_oh + (first_row + start_m) * stride_ot
+    grad_out_ptr += head.to(tl.int64) * stride_doh + (first_row + start_m) * stride_dot
+    row_stats = head.to(tl.int64) * num_tokens + first_row
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
+
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    num_rows = length - start_m
+    q = load_rows(q_ptr + rows * stride_qt + offs_d[None, :], num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr + rows * stride_ot + offs_d[None, :], num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr + rows * stride_dot + offs_d[None, :], num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse = tl.load(lse_ptr + row_stats + offs_m, mask=offs_m < length, other=0.0)  # [BLOCK_M]
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)  # [BLOCK_M]
+    tl.store(delta_ptr + row_stats + offs_m, delta, mask=offs_m < length)
+
+    begin_n = 0
+    end_n = length
+    if HAS_WINDOW:
+        begin_n = tl.maximum(start_m - window_left, 0) // BLOCK_N * BLOCK_N
+        end_n = tl.minimum(length, start_m + BLOCK_M + window_right)
+    full_n = begin_n if HAS_WINDOW or HAS_FUTURE else length // BLOCK_N * BLOCK_N
+    k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_kt + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_vt + offs_d[None, :]
+    heads = tl.zeros([BLOCK_M], tl.int32) + head
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for masked in tl.static_range(2):
+        for start_n in tl.range(full_n if masked else begin_n, end_n if masked else full_n, BLOCK_N):
+            num_keys = length - start_n if masked else BLOCK_N
+            k_ptrs = k_ptr + (first_row + start_n) * stride_kt + k_offsets
+            v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
+            k = load_rows(k_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v = load_rows(v_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
+            scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST) * softmax_scale_log2
+            if masked:
+                visible = visible_tile(
+                    offs_m,
+                    start_n,
+                    length,
+                    seed,
+                    window_left,
+                    window_right,
+                    shown,
+                    BLOCK_N,
+                    False,
+                    HAS_WINDOW,
+                    HAS_FUTURE,
+                )
+                scores = tl.where(visible, scores, float("-inf"))
+            probabilities = tl.exp2(scores - lse[:, None])  # [BLOCK_M, BLOCK_N]
+            grad_p = matmul(grad_out, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+            if HAS_DROPOUT:
+                grad_p = drop_tile(grad_p, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False) / (1.0 - dropout_p)
+            grad_s = probabilities * (grad_p - delta[:, None])
+            grad_q = matmul(narrow(grad_s, k.dtype, UPCAST), k, grad_q, UPCAST)
+
+    grad_q_ptr += (first_row + start_m) * stride_dqt
+    grad_q_ptrs = grad_q_ptr + rows * stride_dqt + offs_d[None, :]
+    store_rows(grad_q_ptrs, grad_q * softmax_scale, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
+def _attention_bwd_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    lse_ptr,
+    delta_ptr,
+    cu_seqlens_ptr,
+    num_tokens,
+    num_sequences,
+    softmax_scale,
+    softmax_scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    stride_dkt,
+    stride_dkh,
+    seeds_ptr,
+    window_left,
+    window_right,
+    dropout_p,
+    future_p,
+    HAS_WINDOW: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_FUTURE: tl.constexpr,
+    FUTURE_ON_DEVICE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHORT: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    grad_k_ptr += kv_head.to(tl.int64) * stride_dkh
+    grad_v_ptr += kv_head.to(tl.int64) * stride_dkh
+    num_used = tl.load(cu_seqlens_ptr + num_sequences)
+    if (slot + 1) * SLOT_ROWS > num_used:
+        zero_tail(grad_k_ptr, stride_dkt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
+        zero_tail(grad_v_ptr, stride_dkt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
+
+    sequence = find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, 128)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start_n = (slot - start // SLOT_ROWS) * BLOCK_N
+    if length <= SHORT or start_n >= length:
+        return
+
+    offs_d = tl.arange(0, BLOCK_D)
+    seed = load_seed(seeds_ptr, sequence, HAS_DROPOUT, HAS_FUTURE)
+    shown = load_probability(future_p, FUTURE_ON_DEVICE)
+    first_row = start.to(tl.int64)
+    k_ptr += kv_head.to(tl.int64) * stride_kh + (first_row + start_n) * stride_kt
+    v_ptr += kv_head.to(tl.int64) * stride_vh + (first_row + start_n) * stride_vt
+    keys = tl.arange(0, BLOCK_N)[:, None]
+    num_keys = length - start_n
+    k = load_rows(k_ptr + keys * stride_kt + offs_d[None, :], num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + keys * stride_vt + offs_d[None, :], num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+    # queries that may see any key of this tile; beyond the sequence they are zero and add nothing
+    begin_m = 0
+    end_m = length
+    if HAS_WINDOW:
+        begin_m = tl.maximum(start_n - window_right, 0) // BLOCK_M * BLOCK_M
+        end_m = tl.minimum(length, start_n + BLOCK_N + window_left)
+    q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_qt + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
+    do_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_dot + offs_d[None, :]
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for head_in_group in range(GROUP_SIZE):
+        head = kv_head * GROUP_SIZE + head_in_group
+        head_offset = head.to(tl.int64)
+        heads = tl.zeros([BLOCK_M], tl.int32) + head
+        for start_m in tl.range(begin_m, end_m, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            num_rows = length - start_m
+            q_ptrs = q_ptr + head_offset * stride_qh + (first_row + start_m) * stride_qt + q_offsets
+            do_ptrs = grad_out_ptr + head_offset * stride_doh + (first_row + start_m) * stride_dot + do_offsets
+            q = load_rows(q_ptrs, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            grad_out = load_rows(do_ptrs, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+            row_stats = head_offset * num_tokens + first_row + offs_m
+            lse = tl.load(lse_ptr + row_stats, mask=offs_m < length, other=0.0)  # [BLOCK_M]
+            delta = tl.load(delta_ptr + row_stats, mask=offs_m < length, other=0.0)
+            scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST) * softmax_scale_log2
+            if HAS_WINDOW or HAS_FUTURE:
+                visible = visible_tile(
+                    offs_m,
+                    start_n,
+                    length,
+                    seed,
+                    window_left,
+                    window_right,
+                    shown,
+                    BLOCK_N,
+                    True,
+                    HAS_WINDOW,
+                    HAS_FUTURE,
+                )
+                scores_t = tl.where(visible, scores_t, float("-inf"))
+            probabilities_t = tl.exp2(scores_t - lse[None, :])  # [BLOCK_N, BLOCK_M]
+            kept_t = probabilities_t
+            grad_p_t = matmul(v, tl.trans(grad_out), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
+            if HAS_DROPOUT:
+                kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
+                # one draw serves both: a probability is zero only where it was dropped or invisible
+                grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t / (1.0 - dropout_p))
+            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
+            grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
+            grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
+
+    if HAS_DROPOUT:
+        grad_v = grad_v / (1.0 - dropout_p)
+    offsets = (first_row + start_n) * stride_dkt + keys * stride_dkt + offs_d[None, :]
+    store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
+    store_rows(grad_v_ptr + offsets, grad_v, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
+
+
+def attention_backward_long(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    softmax_scale: float,
+    mask: AttentionMask,
+    tiles: AttentionTiles,
+) -> None:
+    """Write the gradients of sequences above `tiles.short` tokens and of the unused tail; `delta` (H, T) is scratch."""
+    num_tokens, num_heads, _ = q.shape
+    shared = dict(
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        grad_out_ptr=grad_out,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        cu_seqlens_ptr=cu_seqlens,
+        num_tokens=num_tokens,
+        num_sequences=cu_seqlens.shape[0] - 1,
+        softmax_scale=softmax_scale,
+        softmax_scale_log2=softmax_scale * LOG2_E,
+        stride_qt=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_kt=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_vt=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_dot=grad_out.stride(0),
+        stride_doh=grad_out.stride(1),
+        **mask.arguments(),
+        **tiles.shape_arguments(q, k),
+    )
+    tile = tiles.backward_dq
+    slot_rows = tiles.slot_rows(tile.block_m)
+    _attention_bwd_dq_kernel[(triton.cdiv(num_tokens, slot_rows), num_heads)](
+        **shared,
+        out_ptr=out,
+        grad_q_ptr=grad_q,
+        stride_ot=out.stride(0),
+        stride_oh=out.stride(1),
+        stride_dqt=grad_q.stride(0),
+        stride_dqh=grad_q.stride(1),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        SLOT_ROWS=slot_rows,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    tile = tiles.backward_dkv
+    slot_rows = tiles.slot_rows(tile.block_n)
+    _attention_bwd_dkv_kernel[(triton.cdiv(num_tokens, slot_rows), k.shape[1])](
+        **shared,
+        grad_k_ptr=grad_k,
+        grad_v_ptr=grad_v,
+        stride_dkt=grad_k.stride(0),
+        stride_dkh=grad_k.stride(1),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        SLOT_ROWS=slot_rows,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

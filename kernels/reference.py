@@ -1,0 +1,102 @@
+"""The specification: each operation of `kernels/` in eager PyTorch, with the same name, signature and random masks.
+
+Slow, exact in any floating-point dtype, differentiable by autograd. `T` packed tokens, `S` sequences, `H` query heads,
+`G` key/value heads, `D` head dimension.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PHILOX_ROUND_A, PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
+PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+DROPOUT_STREAM, FUTURE_STREAM = 0, 1
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    future_p: float | Tensor = 1.0,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale + mask) v within each sequence; (T, H, D), (T, G, D), (T, G, D) -> (T, H, D).
+
+    The meaning of every argument is `bivec.kernels.attention.varlen_attention`'s. 16-bit inputs are multiplied in their
+    own dtype with a float32 softmax, as eager models do; float32 and float64 stay what they are.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    softmax_dtype = q.dtype if q.dtype in (torch.float32, torch.float64) else torch.float32
+    left, right = window_size
+    bounds = cu_seqlens.tolist()
+    outputs = []
+    for sequence, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        group_size = num_heads // k.shape[1]
+        queries = q[start:stop].transpose(0, 1)  # (H, L, D)
+        keys = k[start:stop].transpose(0, 1).repeat_interleave(group_size, dim=0)
+        values = v[start:stop].transpose(0, 1).repeat_interleave(group_size, dim=0)
+        position = torch.arange(stop - start, device=q.device)
+        ahead = position[None, :] - position[:, None]  # (L, L), key minus query
+
+        visible = torch.ones_like(ahead, dtype=torch.bool)
+        if left >= 0:
+            visible &= ahead >= -left
+        if right >= 0:
+            visible &= ahead <= right
+        if isinstance(future_p, Tensor) or future_p < 1.0:
+            assert seeds is not None
+            chance = torch.as_tensor(future_p, dtype=torch.float32, device=q.device)
+            visible &= (ahead <= 0) | (_uniform(seeds[sequence], stop - start, 1, FUTURE_STREAM)[0] < chance)
+
+        scores = (queries @ keys.transpose(1, 2)).to(softmax_dtype) * scale
+        probabilities = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        if dropout_p > 0.0:
+            assert seeds is not None
+            chance = torch.tensor(dropout_p, dtype=torch.float32)
+            keep = _uniform(seeds[sequence], stop - start, num_heads, DROPOUT_STREAM) >= chance.to(q.device)
+            probabilities = probabilities * keep / (1.0 - chance.item())
+        outputs.append((probabilities.to(v.dtype) @ values).transpose(0, 1))
+    packed = torch.cat([q[:0], *outputs])
+    return F.pad(packed, (0, 0, 0, 0, 0, num_tokens - packed.shape[0]))
+
+
+def _uniform(seed: Tensor, length: int, num_heads: int, stream: int) -> Tensor:
+    """Numbers in [0, 1), (num_heads, length, length): word `key % 4` of counter (query, key // 4, head, stream)."""
+    position = torch.arange(length, device=seed.device)
+    head = torch.arange(num_heads, device=seed.device)
+    shape = (num_heads, length, (length + 3) // 4)
+    words = _philox(
+        seed,
+        position[None, :, None].expand(shape),
+        position[None, None, : shape[2]].expand(shape),
+        head[:, None, None].expand(shape),
+        torch.full(shape, stream, device=seed.device),
+    )
+    bits = torch.stack(words, dim=-1).flatten(2)[..., :length]
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 (Salmon et al., 2011) on int64 tensors that hold 32-bit words; the key is the 64-bit seed."""
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        high_a, low_a = _multiply_32(PHILOX_ROUND_A, c0)
+        high_b, low_b = _multiply_32(PHILOX_ROUND_B, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + PHILOX_KEY_A) & 0xFFFFFFFF, (k1 + PHILOX_KEY_B) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _multiply_32(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 × 32 bit product, by halves because int64 has no room for 64 unsigned bits."""
+    upper, lower = constant * (words >> 16), constant * (words & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & 0xFFFFFFFF
