@@ -86,14 +86,13 @@ class Encoder:
             max_length: tokens a text is cut to, special tokens included; never more than the model has positions.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
-            attention: `auto` or `sdpa`.
+            attention: `auto`, `triton` (bivec's kernel), `flash` (the flash-attn package's) or `sdpa` (torch's).
             revision, token, cache_dir, local_files_only: as in huggingface_hub; `revision` is `model`'s.
         Raises:
             ValueError, FileNotFoundError: naming the file or argument and what was expected.
         """
         chosen_device = ops.choose_device(device)
         chosen_dtype, _ = ops.choose_dtype(dtype, chosen_device)
-        backend = ops.choose_backend(attention, chosen_device)
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
         if max_length < 1:
@@ -101,6 +100,7 @@ class Encoder:
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
         checkpoint = checkpoints.resolve(model, tuple(adapters), hub)
         config = load_config(checkpoint.base)
+        backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
         max_length = min(max_length, config.max_position_embeddings)
         tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
         with torch.device("meta"):

@@ -3,6 +3,7 @@
 Shapes: T packed tokens, H query heads, G key/value heads, D head dimension, B sequences of equal length L.
 """
 
+import importlib.util
 from typing import Literal
 
 import torch
@@ -11,19 +12,30 @@ from torch.nn import functional as F
 from .config import Window
 from .packing import PackedBatch
 
-ATTENTION_BACKENDS = ("sdpa",)
+ATTENTION_BACKENDS = ("triton", "flash", "sdpa")
 
 
-def choose_backend(attention: str, device: torch.device) -> str:
-    """The attention backend for `attention` ("auto" or a name) on `device`.
+def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The attention backend for `attention` on a device: "auto", or one of `ATTENTION_BACKENDS`.
+
+    `triton` is bivec's own kernel, `flash` the flash-attn package's, `sdpa` torch's over groups of equal length.
 
     Raises:
         ValueError: an explicit request that cannot be met; only "auto" chooses.
     """
     if attention == "auto":
-        return "sdpa"
+        return "triton" if device.type == "cuda" and 16 <= head_dim <= 256 else "sdpa"
     if attention not in ATTENTION_BACKENDS:
         raise ValueError(f"attention must be auto or one of {', '.join(ATTENTION_BACKENDS)}, got {attention!r}")
+    if attention != "sdpa" and device.type != "cuda":
+        raise ValueError(f"attention {attention!r} needs a CUDA device, got {device}")
+    if attention == "triton" and not 16 <= head_dim <= 256:
+        raise ValueError(f"attention 'triton' needs a head dimension of 16 to 256, got {head_dim}")
+    if attention == "flash":
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"attention 'flash' needs bfloat16 or float16, got {dtype}")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError("attention 'flash' needs the flash-attn package: pip install 'bivec[flash]'")
     return attention
 
 
@@ -68,8 +80,14 @@ def attention(
     out: torch.Tensor | None = None,  # (T, H, D)
 ) -> torch.Tensor:
     """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given."""
-    if backend != "sdpa":
-        raise ValueError(f"backend must be sdpa, got {backend!r}")
+    if backend == "triton":
+        from ..kernels.attention import varlen_attention  # triton is there on Linux only
+
+        output = varlen_attention(query, key, value, batch.cu_seqlens, batch.max_seqlen, window_size=window)
+        return output if out is None else out.copy_(output)
+    if backend == "flash":
+        output = _flash_attention(query, key, value, batch, window)
+        return output if out is None else out.copy_(output)
     outputs = []
     for first, count, length in batch.equal_length_runs:
         rows = slice(first, first + count * length)
@@ -82,6 +100,23 @@ def attention(
     if out is not None:
         return out
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: PackedBatch, window: Window
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func  # an optional package
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_k=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_k=batch.max_seqlen,
+        window_size=window,
+    )
 
 
 def _equal_length_attention(

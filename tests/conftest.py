@@ -1,10 +1,19 @@
-"""Small checkpoints made on the spot, and real data where it lies beside the repository."""
+"""Small checkpoints made on the spot, real data where it lies beside the repository, and which tests run.
 
+Without a GPU the Triton kernels are interpreted.
+"""
+
+import os
 from pathlib import Path
+
+import torch
+
+# triton reads it when it is imported, which whatever is imported next may do
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import tokenizers
-import torch
 import transformers
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -109,3 +118,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is not beside the repository ({SHARED_DATA.name})")
     return SHARED_DATA
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave slow tests out unless a marker expression or a test's own name asks for them."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

@@ -1,17 +1,7 @@
 """Fixtures of the kernel tests: the device, and the comparison of an operator with its float64 truth."""
 
-import os
-import sys
-
 import pytest
 import torch
-
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    if "triton" in sys.modules:
-        raise RuntimeError(
-            "triton was imported before TRITON_INTERPRET=1 was set: without a GPU, run `pytest` as a whole"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
