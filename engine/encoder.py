@@ -258,8 +258,9 @@ class Encoder:
                     normalize=normalize_embeddings,
                 )
                 places = [rows[index] for index in slab]
-                finite = pooled.isfinite().all(dim=-1, keepdim=True)
-                vectors[places] = _quantize(pooled.where(finite, 0), precision).cpu().numpy()
+                quantized = _quantize(pooled, precision)
+                finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1, keepdim=True)  # float16 can overflow
+                vectors[places] = quantized.where(finite, 0).cpu().numpy()
                 for place, good in zip(places, finite.flatten().tolist(), strict=True):
                     if not good:
                         reasons[place] = "the model gives a vector that is not finite"

@@ -155,6 +155,15 @@ def test_vectors_that_are_not_finite_are_reported(tiny_llama_folder):
         assert all(reason == "the model gives a vector that is not finite" for reason in reasons)
 
 
+def test_a_vector_beyond_float16_is_reported(tiny_llama_folder):
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    encoder.model.norm.weight.data.fill_(1e6)
+    assert encoder.encode_rows(TEXTS)[1] == [None] * 4
+    vectors, reasons, _ = encoder.encode_rows(TEXTS, precision="float16")
+    assert not vectors.any()
+    assert all(reasons)
+
+
 def test_output_kinds(encoder):
     array = encoder.encode(TEXTS)
     assert array.shape == (4, encoder.get_embedding_dimension())
