@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import attention, attention_tiles
+from ..kernels import attention, attention_tiles, pooling_sums
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -102,6 +102,16 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
         attention.attention_forward_short(q, k, v, out, lse, *last)
         attention.attention_backward_long(q, k, v, out, lse, grad_out, grad_q, grad_k, grad_v, delta, *last)
         attention.attention_backward_short(q, k, v, grad_out, grad_q, grad_k, grad_v, *last)
+    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
+def compile_pooling(capability: int, size: int, dtype: torch.dtype) -> dict:
+    """Kernel name -> resources of the pooling kernels for hidden states of `size`, forward and backward."""
+    hidden, sums = torch.empty(256, size, dtype=dtype), torch.empty(4, size)
+    cu_seqlens, pool_starts = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with collected_launches(capability) as launches:
+        pooling_sums.pool_sums(hidden, cu_seqlens, pool_starts, 0, 1e-6)
+        pooling_sums.pool_sums_backward(sums, hidden, cu_seqlens, pool_starts, 0, 1e-6)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 

@@ -39,35 +39,48 @@ def pool(
         normalize: divide by the L2 norm.
         output_dtype: default float32.
     Raises:
-        ValueError: a wrong shape or dtype, an unknown mode, or a sequence without a pooled token.
+        ValueError: a wrong shape or dtype, an unknown mode, or a sequence without a pooled token. (On CUDA that last
+            one would have to wait for the device; such a sequence gets a vector of zeros.)
     """
     _check(hidden, cu_seqlens, pool_starts, mode, norm_weight, truncate_dim)
-    bounds = cu_seqlens.long()
-    num_tokens = int(bounds[-1])
-    starts = bounds[:-1] + (0 if pool_starts is None else pool_starts.long())
-    if bool((starts >= bounds[1:]).any()):
-        empty = int((starts >= bounds[1:]).nonzero()[0])
-        raise ValueError(f"every sequence must have a token to pool, sequence {empty} has none")
-    if mode in ("last", "first"):
-        vectors = _rms_norm(hidden[bounds[1:] - 1 if mode == "last" else starts].float(), norm_weight, norm_eps)
+    if pool_starts is None:
+        pool_starts = torch.zeros_like(cu_seqlens[1:])
+    eps = None if norm_weight is None else norm_eps
+    if hidden.is_cuda:
+        from .pooling_sums import MODES, pool_sums  # triton is there on Linux only
+
+        vectors = pool_sums(hidden, cu_seqlens, pool_starts, MODES.index(mode), eps)
     else:
-        rows = _rms_norm(hidden[:num_tokens].float(), norm_weight, norm_eps)
-        place = torch.arange(num_tokens, device=hidden.device)
-        place = place - torch.repeat_interleave(starts, bounds.diff(), output_size=num_tokens)
-        weights = (place + 1 if mode == "weighted_mean" else torch.ones_like(place)).clamp(min=0) * (place >= 0)
-        weights = weights.float()
-        sums = torch.segment_reduce(rows * weights[:, None], "sum", offsets=bounds, axis=0)
-        vectors = sums / torch.segment_reduce(weights, "sum", offsets=bounds)[:, None]
+        vectors = _eager_sums(hidden, cu_seqlens.long(), pool_starts.long(), mode, eps)
+    # the norm's weight is the same for every token, so it is applied to the sum
+    vectors = vectors if norm_weight is None else vectors * norm_weight.float()
     vectors = vectors[:, :truncate_dim]
     if normalize:
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
     return vectors.to(output_dtype or torch.float32)
 
 
-def _rms_norm(rows: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    if weight is None:
-        return rows
-    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * weight.float()
+def _eager_sums(
+    hidden: torch.Tensor, bounds: torch.Tensor, pool_starts: torch.Tensor, mode: PoolingMode, eps: float | None
+) -> torch.Tensor:
+    """Weighted sums of (RMS-normalised) rows, float32 `(S, E)`; `pooling_sums.py` computes the same on CUDA."""
+    starts, ends = bounds[:-1] + pool_starts, bounds[1:]
+    if bool((starts >= ends).any()):
+        empty = int((starts >= ends).nonzero()[0])
+        raise ValueError(f"every sequence must have a token to pool, sequence {empty} has none")
+    if mode in ("last", "first"):
+        return _rms_norm(hidden[ends - 1 if mode == "last" else starts].float(), eps)
+    num_tokens = int(bounds[-1])
+    rows = _rms_norm(hidden[:num_tokens].float(), eps)
+    place = torch.arange(num_tokens, device=hidden.device)
+    place = place - torch.repeat_interleave(starts, bounds.diff(), output_size=num_tokens)
+    weights = ((place + 1 if mode == "weighted_mean" else torch.ones_like(place)) * (place >= 0)).float()
+    sums = torch.segment_reduce(rows * weights[:, None], "sum", offsets=bounds, axis=0)
+    return sums / torch.segment_reduce(weights, "sum", offsets=bounds)[:, None]
+
+
+def _rms_norm(rows: torch.Tensor, eps: float | None) -> torch.Tensor:
+    return rows if eps is None else rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
 
 
 def _check(
@@ -91,6 +104,11 @@ def _check(
         )
     if mode not in POOLING_MODES:
         raise ValueError(f"mode must be one of {', '.join(POOLING_MODES)}, got {mode!r}")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("pool_starts", pool_starts), ("norm_weight", norm_weight)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
+    if hidden.stride(1) != 1 and hidden.shape[1] > 1:
+        raise ValueError(f"hidden must be contiguous in its last dimension, got strides {hidden.stride()}")
     if norm_weight is not None and norm_weight.shape != hidden.shape[1:]:
         raise ValueError(f"norm_weight must have shape {tuple(hidden.shape[1:])}, got {tuple(norm_weight.shape)}")
     if truncate_dim is not None and not 1 <= truncate_dim <= hidden.shape[1]:

@@ -69,6 +69,37 @@ def varlen_attention(
     return F.pad(packed, (0, 0, 0, 0, 0, num_tokens - packed.shape[0]))
 
 
+def pool(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    pool_starts: Tensor | None = None,
+    mode: str = "mean",
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    truncate_dim: int | None = None,
+    normalize: bool = True,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMSNorm, mean over each sequence's pooled tokens, truncation, L2 norm; (T, E) -> (S, E)."""
+    vectors = []
+    for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        rows = hidden[begin:end]
+        if norm_weight is not None:
+            rows = rows / (rows.square().mean(-1, keepdim=True) + norm_eps).sqrt() * norm_weight
+        rows = rows[0 if pool_starts is None else int(pool_starts[i]) :]
+        if mode == "mean":
+            vector = rows.mean(0)
+        elif mode == "weighted_mean":
+            weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
+            vector = weights @ rows / weights.sum()
+        else:
+            vector = rows[-1 if mode == "last" else 0]
+        vector = vector[:truncate_dim]
+        vectors.append(vector / vector.norm() if normalize else vector)
+    return torch.stack(vectors).to(output_dtype or hidden.dtype)
+
+
 def _uniform(seed: Tensor, length: int, num_heads: int, stream: int) -> Tensor:
     """Numbers in [0, 1), (num_heads, length, length): word `key % 4` of counter (query, key // 4, head, stream)."""
     position = torch.arange(length, device=seed.device)

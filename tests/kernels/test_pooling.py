@@ -1,84 +1,136 @@
+"""Pooling against float64: the eager path of the CPU, and the kernels, interpreted or on CUDA."""
+
+import inspect
+
 import pytest
 import torch
 
+from bivec.kernels import pooling, reference
 from bivec.kernels.pooling import POOLING_MODES, pool
+from bivec.kernels.pooling_sums import MODES, pool_sums
 
-LENGTHS = [1, 5, 64, 65, 3]
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+LENGTHS = [1, 5, 64, 65, 3, 130]
+STARTS = [0, 2, 10, 64, 1, 70]
 
 
-def expected(hidden, lengths, starts, mode, weight, eps, dim, normalize):
-    """float64, one sequence at a time."""
-    vectors = []
-    for rows, start in zip(hidden.double().split(lengths), starts, strict=True):
-        if weight is not None:
-            rows = rows / (rows.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-        rows = rows[start:]
-        if mode == "mean":
-            vector = rows.mean(0)
-        elif mode == "weighted_mean":
-            weights = torch.arange(1, len(rows) + 1, dtype=torch.float64)[:, None]
-            vector = (rows * weights).sum(0) / weights.sum()
-        else:
-            vector = rows[-1 if mode == "last" else 0]
-        vector = vector[:dim]
-        vectors.append(vector / vector.norm() if normalize else vector)
-    return torch.stack(vectors)
+@pytest.fixture(params=["eager", "kernel"])
+def path(request, device, monkeypatch) -> str:
+    """Which implementation `pool` takes, and so the device: on a CPU the kernels must be asked for."""
+    if request.param == "eager":
+        return "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(pooling, "_eager_sums", interpreted_sums)
+    return device
+
+
+def interpreted_sums(hidden, bounds, pool_starts, mode, eps):
+    return pool_sums(hidden, bounds.int(), pool_starts.int(), MODES.index(mode), eps)
+
+
+def bounds(lengths, device="cpu"):
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def make(device, dtype=torch.float32, tail=9, size=40):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sum(LENGTHS) + tail, size, generator=generator).to(device, dtype)
+    hidden[sum(LENGTHS) :] = float("nan")  # unused rows
+    weight = (torch.rand(size, generator=generator) + 0.5).to(device, dtype)
+    return hidden, bounds(LENGTHS, device), torch.tensor(STARTS, dtype=torch.int32, device=device), weight
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("dim", [None, 7])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pool_equals_float64(mode, norm, dim, normalize, dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(sum(LENGTHS) + 9, 32, generator=generator).to(dtype)  # nine unused rows
-    hidden[sum(LENGTHS) :] = float("nan")
-    weight = torch.rand(32, generator=generator) + 0.5 if norm else None
-    starts = [0, 2, 10, 64, 1]
-    vectors = pool(
-        hidden,
-        bounds(LENGTHS),
-        pool_starts=torch.tensor(starts, dtype=torch.int32),
-        mode=mode,
-        norm_weight=weight,
-        norm_eps=1e-5,
-        truncate_dim=dim,
-        normalize=normalize,
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("dim", "normalize"), [(None, False), (None, True), (7, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pool_equals_float64(path, mode, norm, dim, normalize, dtype):
+    hidden, cu_seqlens, starts, weight = make(path, dtype)
+    arguments = {"mode": mode, "norm_eps": 1e-5, "truncate_dim": dim, "normalize": normalize}
+    vectors = pool(hidden, cu_seqlens, pool_starts=starts, norm_weight=weight if norm else None, **arguments)
+    truth = reference.pool(
+        hidden.double(), cu_seqlens, pool_starts=starts, norm_weight=weight.double() if norm else None, **arguments
     )
-    truth = expected(hidden[: sum(LENGTHS)], LENGTHS, starts, mode, weight, 1e-5, dim, normalize)
     assert vectors.dtype == torch.float32
-    torch.testing.assert_close(vectors.double(), truth, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(vectors.double(), truth, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_gradients_equal_float64(mode):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(sum(LENGTHS), 32, generator=generator)
-    weight = torch.rand(32, generator=generator) + 0.5
-    upstream = torch.randn(len(LENGTHS), 32, generator=generator)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_equal_float64(path, mode, norm, dtype):
+    hidden, cu_seqlens, starts, weight = make(path, dtype)
+    hidden[sum(LENGTHS) :] = 0
+    upstream = torch.randn(len(LENGTHS), 40, generator=torch.Generator().manual_seed(1)).to(path)
     ours = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-    pool(ours[0], bounds(LENGTHS), mode=mode, norm_weight=ours[1]).backward(upstream)
+    pool(ours[0], cu_seqlens, pool_starts=starts, mode=mode, norm_weight=ours[1] if norm else None).backward(upstream)
     truth = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    expected(truth[0], LENGTHS, [0] * 5, mode, truth[1], 1e-6, None, True).backward(upstream.double())
-    for our, true in zip(ours, truth, strict=True):
-        torch.testing.assert_close(our.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+    reference.pool(
+        truth[0], cu_seqlens, pool_starts=starts, mode=mode, norm_weight=truth[1] if norm else None
+    ).backward(upstream.double())
+    for our, true in zip(ours[: 1 + norm], truth, strict=False):
+        assert our.grad.dtype == dtype
+        largest = true.grad.abs().max().item()
+        error = (our.grad.double() - true.grad).abs().max().item()
+        assert error <= (torch.finfo(dtype).eps + 1e-6) * largest
+    assert not ours[0].grad[sum(LENGTHS) :].any()
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_a_sequence_is_the_same_bits_in_any_company(path, mode):
+    hidden, cu_seqlens, _, weight = make(path, tail=0)
+    together = pool(hidden, cu_seqlens, mode=mode, norm_weight=weight)
+    again = pool(hidden, cu_seqlens, mode=mode, norm_weight=weight)
+    assert torch.equal(together, again)
+    for i, rows in enumerate(hidden.split(LENGTHS)):
+        assert torch.equal(pool(rows, bounds([len(rows)], path), mode=mode, norm_weight=weight)[0], together[i])
+
+
+def test_tail_and_instruction_get_zero_gradient_and_every_row_is_written(device, monkeypatch):
+    """Outputs are allocated full of NaN, the slab has a long tail and spare sequences."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    hidden = torch.randn(sum(LENGTHS) + 300, 40, device=device).requires_grad_()
+    cu_seqlens = bounds([*LENGTHS, 0, 0], device)
+    starts = torch.tensor([*STARTS, 0, 0], dtype=torch.int32, device=device)
+    sums = pool_sums(hidden, cu_seqlens, starts, MODES.index("mean"), 1e-6)
+    assert not sums[-2:].any()
+    sums.backward(torch.ones_like(sums))
+    assert hidden.grad.isfinite().all()
+    assert not hidden.grad[sum(LENGTHS) :].any()
+    assert not hidden.grad[6 + 0 : 6 + 10].any()  # the third sequence's instruction
+    assert hidden.grad[6 + 10 : 6 + 64].any(dim=1).all()
+
+
+def test_kernel_does_not_read_the_instruction(device):
+    hidden, cu_seqlens, starts, _ = make(device)
+    expected = pool_sums(hidden, cu_seqlens, starts, 0, 1e-6)
+    poisoned = hidden.clone()
+    for begin, skipped in zip(cu_seqlens.tolist(), STARTS, strict=False):
+        poisoned[begin : begin + skipped] = float("nan")
+    assert torch.equal(pool_sums(poisoned, cu_seqlens, starts, 0, 1e-6), expected)
+
+
+def test_opcheck(device):
+    hidden, cu_seqlens, starts, _ = make(device, tail=0)
+    torch.library.opcheck(pool_sums, (hidden.requires_grad_(), cu_seqlens, starts, 1, 1e-6))
+
+
+def test_reference_has_the_same_signature():
+    assert list(inspect.signature(reference.pool).parameters) == list(inspect.signature(pool).parameters)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden": torch.ones(4, 3, dtype=torch.int64)}, "hidden must be floating point"),
+        ({"hidden": torch.ones(3, 4).T}, "hidden must be contiguous in its last dimension"),
         ({"cu_seqlens": torch.tensor([0, 2, 4])}, "cu_seqlens must be int32"),
         ({"pool_starts": torch.tensor([0, 0])}, "pool_starts must be int32"),
         ({"pool_starts": torch.tensor([0, 2], dtype=torch.int32)}, "sequence 1 has none"),
         ({"cu_seqlens": torch.tensor([0, 0, 4], dtype=torch.int32)}, "sequence 0 has none"),
         ({"mode": "max"}, "mode must be one of"),
         ({"norm_weight": torch.ones(4)}, "norm_weight must have shape"),
+        ({"norm_weight": torch.ones(3, device="meta")}, "norm_weight must be on hidden's device"),
         ({"truncate_dim": 4}, "truncate_dim must be from 1 to 3"),
     ],
 )
