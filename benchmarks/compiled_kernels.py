@@ -1,6 +1,7 @@
 """What the kernels become on a GPU, read without one: registers, spills, shared memory, tensor-core instructions.
 
     python -m bivec.benchmarks.compiled_kernels --capability 90 --head-dim 64 128 --dtype bfloat16
+    python -m bivec.benchmarks.compiled_kernels --operation contrastive --dtype bfloat16
 
 The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch
 is compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON
@@ -13,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import attention, attention_tiles, pooling_sums
+from ..kernels import attention, attention_tiles, contrastive_chunks, pooling_sums
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -115,6 +116,24 @@ def compile_pooling(capability: int, size: int, dtype: torch.dtype) -> dict:
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
+def compile_contrastive(capability: int, num_keys: int, dtype: torch.dtype, terms: str) -> dict:
+    """Kernel name -> resources of the kernels of the contrastive loss: `plain`, or `all` of groups and both directions.
+
+    A number of keys that is a multiple of 16 is specialised on.
+    """
+    device = torch.device("cpu")
+    logits = contrastive_chunks._rows_buffer(16, num_keys, torch.float32, device)
+    gradient = logits if dtype == torch.float32 else contrastive_chunks._rows_buffer(16, num_keys, dtype, device)
+    targets, column_lse = torch.zeros(16).long(), torch.zeros(num_keys)
+    groups = torch.zeros(num_keys).long() if terms == "all" else None
+    directions = column_lse if terms == "all" else None
+    loss, dot, temperature = torch.empty(16), torch.empty(16), torch.tensor(0.05)
+    with collected_launches(capability) as launches:
+        contrastive_chunks.launch_rows(logits, gradient, targets, groups, directions, temperature, loss, dot, 1.0)
+        contrastive_chunks.launch_columns(logits, targets, groups, column_lse, temperature)
+    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
 def resources(kernel) -> dict:
     """Registers a thread, spilled bytes, shared memory and instructions of a compiled kernel."""
     assembler = next(tool for name in ("ptxas-blackwell", "ptxas") if (tool := TOOLS / name).exists())
@@ -144,17 +163,24 @@ def resources(kernel) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operation", default="attention", choices=["attention", "contrastive"])
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS))
+    parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536])
+    parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"])
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}
-    cases = itertools.product(arguments.capability, arguments.dtype, arguments.head_dim, arguments.mask)
-    for capability, dtype, head_dim, mask in cases:
-        for kernel, row in compile_attention(capability, head_dim, getattr(torch, dtype), mask).items():
-            name = f"sm_{capability} {dtype} D{head_dim} {mask} {kernel}"
+    compile_operation: Callable[[int, int, torch.dtype, str], dict]
+    if arguments.operation == "attention":
+        compile_operation, letter, sizes, kinds = compile_attention, "D", arguments.head_dim, arguments.mask
+    else:
+        compile_operation, letter, sizes, kinds = compile_contrastive, "M", arguments.num_keys, arguments.terms
+    for capability, dtype, size, kind in itertools.product(arguments.capability, arguments.dtype, sizes, kinds):
+        for kernel, row in compile_operation(capability, size, getattr(torch, dtype), kind).items():
+            name = f"sm_{capability} {dtype} {letter}{size} {kind} {kernel}"
             figures[name] = row
             print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if arguments.write is not None:

@@ -1,12 +1,14 @@
 """The specification: each operation of `kernels/` in eager PyTorch, with the same name, signature and random masks.
 
 Slow, exact in any floating-point dtype, differentiable by autograd. `T` packed tokens, `S` sequences, `H` query heads,
-`G` key/value heads, `D` head dimension.
+`G` key/value heads, `D` head dimension; `N` queries, `M` keys, `E` embedding size.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -98,6 +100,46 @@ def pool(
         vector = vector[:truncate_dim]
         vectors.append(vector / vector.norm() if normalize else vector)
     return torch.stack(vectors).to(output_dtype or hidden.dtype)
+
+
+def contrastive_loss(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    targets: Tensor | None = None,
+    temperature: float | Tensor = 0.05,
+    normalize: bool = True,
+    symmetric: bool = False,
+    groups: Tensor | None = None,
+    dims: Sequence[int] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Cross-entropy of normalize(queries) @ normalize(keys).T / temperature; (N, E), (M, E) -> scalar.
+
+    The meaning of every argument is `bivec.kernels.contrastive.contrastive_loss`'s; over a process group it is this
+    function of the joined batch.
+    """
+    assert process_group is None
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    if targets is None:
+        targets = torch.arange(num_queries, device=queries.device)
+    losses = []
+    for size in dims or [queries.shape[1]]:
+        rows, columns = queries[:, :size], keys[:, :size]
+        if normalize:
+            rows, columns = F.normalize(rows, dim=1), F.normalize(columns, dim=1)
+        scores = rows @ columns.T
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
+        if groups is not None:
+            false_negative = groups[None, :] == groups[targets][:, None]
+            false_negative &= torch.arange(num_keys, device=keys.device) != targets[:, None]
+            scores = scores.masked_fill(false_negative, float("-inf"))
+        loss = F.cross_entropy(scores, targets)
+        if symmetric:
+            diagonal = torch.arange(num_queries, device=queries.device)
+            loss = (loss + F.cross_entropy(scores[:, targets].T, diagonal)) / 2
+        losses.append(loss)
+    return torch.stack(losses).mean()
 
 
 def _uniform(seed: Tensor, length: int, num_heads: int, stream: int) -> Tensor:
