@@ -8,6 +8,7 @@ variants, a merged or disabled adapter, autocast, several adapters that train) t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
@@ -68,7 +69,8 @@ def _draw_seed(dropout_p: float) -> int | None:
 
 def _as_lora_linear(module: nn.Module, x: torch.Tensor) -> tuple[LoraLinear | None, float]:
     """The module's tensors and its chance of dropout now; None where the kernel does not cover what it computes."""
-    base = module.base_layer if isinstance(module, FusedLoraLinear) else module
+    layer: Any = module if isinstance(module, FusedLoraLinear) else None
+    base = module if layer is None else layer.base_layer
     if (
         type(base) is not nn.Linear
         or base._forward_hooks
@@ -80,25 +82,26 @@ def _as_lora_linear(module: nn.Module, x: torch.Tensor) -> tuple[LoraLinear | No
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None, 0.0
-    if base is module:
+    if layer is None:
         return LoraLinear(base.weight, base.bias), 0.0
-    if module.disable_adapters or module.merged or module.fan_in_fan_out:
+    if layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
         return None, 0.0
     trained, frozen, dropout_p = None, [], 0.0
-    for name in module.active_adapters:
-        if name not in module.lora_A:
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
             continue
-        a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-        if name in module.lora_variant or module.lora_bias[name]:
+        a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        if name in layer.lora_variant or layer.lora_bias[name]:
             return None, 0.0
         if not (a.requires_grad or b.requires_grad):
             frozen.append((a, b, scaling))
             continue
-        dropout = module.lora_dropout[name]
+        dropout = layer.lora_dropout[name]
         if trained is not None or not isinstance(dropout, nn.Dropout | nn.Identity):
             return None, 0.0
         trained = (a, b, scaling)
         dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         if dropout_p >= 1.0:
             return None, 0.0
-    return LoraLinear(base.weight, base.bias, *(trained or (None, None, 1.0)), frozen), dropout_p
+    a, b, scaling = trained or (None, None, 1.0)
+    return LoraLinear(base.weight, base.bias, a, b, scaling, frozen), dropout_p

@@ -34,8 +34,9 @@ def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 def project(hidden_states: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """The outputs of linears that share their input; where LoRA layers are fused (`lora.py`), of one call for all."""
     for linear in linears:
-        if hasattr(linear, "forward_together"):
-            return linear.forward_together(hidden_states, linears)
+        together = getattr(linear, "forward_together", None)
+        if together is not None:
+            return together(hidden_states, linears)
     return tuple(linear(hidden_states) for linear in linears)
 
 

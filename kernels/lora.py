@@ -52,7 +52,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.arguments = num_linears, blocks, num_trained, threshold, seed
         outputs = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         if blocks:
-            dropped = _drop(x, threshold, seed) if threshold else x
+            dropped = _drop(x, _keep(x, threshold, seed)) if threshold else x
             low = _low_rank(x, dropped, _stack(lora_a, x), blocks, num_trained)
             for block, b in zip(blocks, lora_b, strict=True):
                 # (r, out) in memory order: a third faster than the transposed view on CPU
@@ -66,9 +66,11 @@ class _LoraLinears(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights, _, lora_a, lora_b = _split(tensors, num_linears, len(blocks))
         needs = _split(ctx.needs_input_grad[6:], num_linears, len(blocks))
-        grad_a, grad_b = [None] * len(blocks), [None] * len(blocks)
+        grad_a: list[Tensor | None] = [None] * len(blocks)
+        grad_b: list[Tensor | None] = [None] * len(blocks)
         trained = _columns(blocks[:num_trained])
         needs_a, needs_b = any(needs[2]), any(needs[3])
+        keep = _keep(x, threshold, seed) if threshold else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_outputs[0] @ weights[0]
@@ -80,14 +82,14 @@ class _LoraLinears(torch.autograd.Function):
             for block, b in zip(blocks, lora_b, strict=True):
                 grad = grad_outputs[block.linear]
                 grad_low[:, block.columns].addmm_(grad, b.to(x.dtype), beta=0, alpha=block.scale)
-            if grad_x is not None and not threshold:
+            if grad_x is not None and keep is None:
                 grad_x.addmm_(grad_low, stacked)
             elif grad_x is not None:
                 if trained.stop < stacked.shape[0]:
                     grad_x.addmm_(grad_low[:, trained.stop :], stacked[trained.stop :])
-                grad_x += _drop(grad_low[:, trained] @ stacked[trained], threshold, seed)
+                grad_x += _drop(grad_low[:, trained] @ stacked[trained], keep)
         if needs_a or needs_b:
-            dropped = _drop(x, threshold, seed) if threshold else x
+            dropped = x if keep is None else _drop(x, keep)
             if needs_a:
                 stacked_grad = grad_low[:, trained].T @ dropped
             if needs_b:
@@ -124,18 +126,20 @@ def _low_rank(x: Tensor, dropped: Tensor, stacked: Tensor, blocks: Sequence[_Blo
     return torch.cat((dropped @ stacked[:stop].T, x @ stacked[stop:].T), dim=1)
 
 
-def _drop(x: Tensor, threshold: int, seed: int) -> Tensor:
-    """x with its dropped elements zero, the others as they are: the scale is in the blocks'."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    flat, flat_out = x.reshape(-1), out.view(-1)
+def _keep(x: Tensor, threshold: int, seed: int) -> Tensor:
+    """Which elements of x stay, bool (T, in)."""
+    keep = np.empty(x.numel(), dtype=np.bool_)
     random = np.random.Philox(key=seed)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        bits = random.random_raw(-(-part.numel() // 4)).astype("<u8", copy=False).view("<i2")[: part.numel()]
-        # the bits as signed numbers, which torch compares faster than unsigned ones
-        keep = torch.from_numpy(bits ^ np.int16(-(2**15))) >= threshold - 2**15
-        torch.mul(part, keep.to(x.device), out=flat_out[start : start + CHUNK])
-    return out
+    for start in range(0, keep.size, CHUNK):
+        part = keep[start : start + CHUNK]
+        bits = random.random_raw(-(-part.size // 4)).astype("<u8", copy=False).view("<u2")
+        np.greater_equal(bits[: part.size], threshold, out=part)
+    return torch.from_numpy(keep).view(x.shape).to(x.device)
+
+
+def _drop(x: Tensor, keep: Tensor) -> Tensor:
+    """x with its dropped elements zero, the others as they are: the scale is in the blocks'."""
+    return torch.where(keep, x, x.new_zeros(()))
 
 
 def lora_linear(
@@ -166,8 +170,8 @@ def lora_linears(
 
     Differentiable, once, in x and each lora_a and lora_b. Raises ValueError for arguments that break these rules.
     """
-    linears = [LoraLinear(*linear) for linear in linears]
-    _check(x, linears)
+    layers = [LoraLinear(*linear) for linear in linears]
+    _check(x, layers)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     threshold = min(round(dropout_p * LANES), LANES - 1)
@@ -176,11 +180,11 @@ def lora_linears(
     kept = 1.0 - threshold / LANES
     adapters = [
         (place, linear.lora_a, linear.lora_b, linear.scaling / kept)
-        for place, linear in enumerate(linears)
+        for place, linear in enumerate(layers)
         if linear.lora_a is not None
     ]
     num_trained = len(adapters)
-    adapters += [(place, *adapter) for place, linear in enumerate(linears) for adapter in linear.frozen]
+    adapters += [(place, *adapter) for place, linear in enumerate(layers) for adapter in linear.frozen]
     blocks, start = [], 0
     for place, a, _, scale in adapters:
         blocks.append(_Block(place, slice(start, start + a.shape[0]), float(scale)))
@@ -188,13 +192,13 @@ def lora_linears(
     with torch.autocast(x.device.type, enabled=False):
         return _LoraLinears.apply(
             x,
-            len(linears),
+            len(layers),
             blocks,
             num_trained,
             threshold if num_trained else 0,
             seed,
-            *(linear.weight for linear in linears),
-            *(linear.bias for linear in linears),
+            *(linear.weight for linear in layers),
+            *(linear.bias for linear in layers),
             *(a for _, a, _, _ in adapters),
             *(b for _, _, b, _ in adapters),
         )
