@@ -7,8 +7,8 @@ and backward. No gradient is computed for a frozen weight; x Aᵀ and the dropou
 `reference.py` says the same in eager PyTorch. `T` packed tokens, `r` a rank, `R` the sum of the ranks of a call.
 
 The mask is Philox 4x64-10 (Salmon et al., 2011), numpy's stream for the key `seed`: sixteen bits an element in memory
-order, little end first. An element is dropped when its bits are below `round(dropout_p * 2**16)`, and what is kept is
-scaled by the exact reciprocal of the chance of being kept.
+order, little end first; `lora_dropout.py` draws the same bits on a GPU. An element is dropped when its bits are below
+`round(dropout_p * 2**16)`, and what is kept is scaled by the exact reciprocal of the chance of being kept.
 """
 
 import math
@@ -128,13 +128,17 @@ def _low_rank(x: Tensor, dropped: Tensor, stacked: Tensor, blocks: Sequence[_Blo
 
 def _keep(x: Tensor, threshold: int, seed: int) -> Tensor:
     """Which elements of x stay, bool (T, in)."""
+    if x.is_cuda:
+        from .lora_dropout import draw_keep_mask  # needs triton
+
+        return draw_keep_mask(tuple(x.shape), threshold, seed, x.device)
     keep = np.empty(x.numel(), dtype=np.bool_)
     random = np.random.Philox(key=seed)
     for start in range(0, keep.size, CHUNK):
         part = keep[start : start + CHUNK]
         bits = random.random_raw(-(-part.size // 4)).astype("<u8", copy=False).view("<u2")
         np.greater_equal(bits[: part.size], threshold, out=part)
-    return torch.from_numpy(keep).view(x.shape).to(x.device)
+    return torch.from_numpy(keep).view(x.shape)
 
 
 def _drop(x: Tensor, keep: Tensor) -> Tensor:
