@@ -82,12 +82,11 @@ class _LoraLinears(torch.autograd.Function):
             for block, b in zip(blocks, lora_b, strict=True):
                 grad = grad_outputs[block.linear]
                 grad_low[:, block.columns].addmm_(grad, b.to(x.dtype), beta=0, alpha=block.scale)
-            if grad_x is not None and keep is None:
-                grad_x.addmm_(grad_low, stacked)
-            elif grad_x is not None:
-                if trained.stop < stacked.shape[0]:
-                    grad_x.addmm_(grad_low[:, trained.stop :], stacked[trained.stop :])
+            if grad_x is not None and keep is not None:
+                grad_x.addmm_(grad_low[:, trained.stop :], stacked[trained.stop :])
                 grad_x += _drop(grad_low[:, trained] @ stacked[trained], keep)
+            elif grad_x is not None:
+                grad_x.addmm_(grad_low, stacked)
         if needs_a or needs_b:
             dropped = x if keep is None else _drop(x, keep)
             if needs_a:
