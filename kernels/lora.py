@@ -56,7 +56,7 @@ class _LoraLinears(torch.autograd.Function):
             low = _low_rank(x, dropped, _stack(lora_a, x), blocks, num_trained)
             for block, b in zip(blocks, lora_b, strict=True):
                 # (r, out) in memory order: a third faster than the transposed view on CPU
-                outputs[block.linear].addmm_(low[:, block.columns], b.to(x.dtype).T.contiguous(), alpha=block.scale)
+                outputs[block.linear].addmm_(low[:, block.columns], _scaled(b, block, x).T.contiguous())
         return tuple(outputs)
 
     @staticmethod
@@ -78,10 +78,9 @@ class _LoraLinears(torch.autograd.Function):
                 grad_x.addmm_(grad, weight)
         if blocks and (grad_x is not None or needs_a):
             stacked = _stack(lora_a, x)
-            grad_low = x.new_empty(x.shape[0], stacked.shape[0])  # (T, R)
-            for block, b in zip(blocks, lora_b, strict=True):
-                grad = grad_outputs[block.linear]
-                grad_low[:, block.columns].addmm_(grad, b.to(x.dtype), beta=0, alpha=block.scale)
+            pairs = zip(blocks, lora_b, strict=True)
+            parts = [grad_outputs[block.linear] @ _scaled(b, block, x) for block, b in pairs]
+            grad_low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (T, R)
             if grad_x is not None and keep is not None:
                 grad_x.addmm_(grad_low[:, trained.stop :], stacked[trained.stop :])
                 grad_x += _drop(grad_low[:, trained] @ stacked[trained], keep)
@@ -97,9 +96,9 @@ class _LoraLinears(torch.autograd.Function):
                 if needs[2][place]:
                     grad_a[place] = stacked_grad[block.columns].to(a.dtype)
                 if needs[3][place]:
-                    product = torch.empty_like(b, dtype=x.dtype)
-                    product.addmm_(grad_outputs[block.linear].T, low[:, block.columns], beta=0, alpha=block.scale)
-                    grad_b[place] = product.to(b.dtype)
+                    # a scaled product (alpha) is five times slower in bfloat16 on CPU
+                    product = grad_outputs[block.linear].T @ low[:, block.columns]
+                    grad_b[place] = product.to(b.dtype).mul_(block.scale)
         return grad_x, None, None, None, None, None, *[None] * (2 * num_linears), *grad_a, *grad_b
 
 
@@ -115,6 +114,11 @@ def _columns(blocks: Sequence[_Block]) -> slice:
 def _stack(matrices: Sequence[Tensor], x: Tensor) -> Tensor:
     """(R, in) in x's dtype."""
     return (matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))).to(x.dtype)
+
+
+def _scaled(b: Tensor, block: _Block, x: Tensor) -> Tensor:
+    """(out, r) times the block's scale, in x's dtype."""
+    return (b * block.scale).to(x.dtype)
 
 
 def _low_rank(x: Tensor, dropped: Tensor, stacked: Tensor, blocks: Sequence[_Block], num_trained: int) -> Tensor:
