@@ -31,6 +31,15 @@ def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
+def project(hidden_states: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+    """The outputs of linears that share their input; where LoRA layers are fused (`lora.py`), of one call for all."""
+    for linear in linears:
+        together = getattr(linear, "forward_together", None)
+        if together is not None:
+            return together(hidden_states, linears)
+    return tuple(linear(hidden_states) for linear in linears)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -63,9 +72,8 @@ class Attention(nn.Module):
         window: Window,
         backend: str,
     ) -> torch.Tensor:
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projections)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
@@ -80,7 +88,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(hidden_states, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -7,6 +7,7 @@ Slow, exact in any floating-point dtype, differentiable by autograd. `T` packed 
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -173,3 +174,24 @@ def _multiply_32(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
     """High and low words of a 32 × 32 bit product, by halves because int64 has no room for 64 unsigned bits."""
     upper, lower = constant * (words >> 16), constant * (words & 0xFFFF)
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & 0xFFFFFFFF
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ; (T, in) -> (T, out)."""
+    threshold = round(dropout_p * 2**16)
+    dropped = x
+    if threshold:
+        words = np.random.Philox(key=seed).random_raw(-(-x.numel() // 4)).astype("<u8")
+        bits = torch.from_numpy(words.view("<u2")[: x.numel()].astype(np.int32)).view(x.shape)
+        dropped = x * (bits >= threshold).to(x.device) / (1.0 - threshold / 2**16)
+    return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
