@@ -105,15 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in arguments.dtypes:
         for case in QUICK if arguments.quick else CASES:
             others_before, clock_before = other_cpu_seconds(), time.perf_counter()
-            rows += run_case(case, getattr(torch, dtype), device, arguments.dropout, rounds)
+            measured = run_case(case, getattr(torch, dtype), device, arguments.dropout, rounds)
             seconds = time.perf_counter() - clock_before
             busy.append((other_cpu_seconds() - others_before) / seconds)
+            rows += [row | {"cores_busy_elsewhere": busy[-1]} for row in measured]
     report(
         "lora",
         rows,
         machine=describe_machine(device),
         output=arguments.output,
-        cores_busy_elsewhere=max(busy),
     )
     if max(busy) > 0.05:
         print(f"other processes kept up to {max(busy):.2f} cores busy meanwhile: measure again", file=sys.stderr)
