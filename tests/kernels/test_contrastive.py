@@ -342,20 +342,20 @@ print(_peak_memory(lambda: step(int(sys.argv[1])), torch.device("cpu"))[0])
 
 
 def test_memory_is_linear(device):
-    """At 16,384 queries one float32 matrix of scores is 1 GiB; the peak stays below a fifth and grows at most 2.5 ×."""
+    """At 16,384 queries a float32 matrix of scores is 1 GiB: the peak is below a fifth, at most 4 × that of 4,096."""
     if device != "cpu":
         pytest.skip("the CPU's path")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     peaks = []
-    for number in ("8192", "16384"):
+    for number in ("4096", "16384"):
         command = [sys.executable, "-c", PEAK, number]
         output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
         if output == "None":
             pytest.skip("the peak cannot be measured here")
         peaks.append(int(output))
     assert peaks[1] < 2**30 / 5
-    assert peaks[1] < 2.5 * peaks[0]
+    assert peaks[1] < 4 * peaks[0]
 
 
 def changed(name, value):
