@@ -9,9 +9,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .weights import read_tensors
-
-_LISTED = 10
+from .weights import list_problems, read_tensors
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -96,8 +94,7 @@ def _load_adapter(model: nn.Module, name: str, folder: Path) -> None:
             loaded[key] = tensor
     problems += [f"missing {plain}" for plain, (key, _) in expected.items() if key not in loaded]
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"{path} does not fit this base: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"{path} does not fit this base: {list_problems(problems)}")
     set_peft_model_state_dict(model, loaded, adapter_name=name)
 
 

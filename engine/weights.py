@@ -4,7 +4,7 @@ Pickle checkpoints are refused. Tensors whose dtype is already the wanted one st
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -96,14 +96,19 @@ def load_weights(
     tied = _tied_names(module)
     problems += [f"missing {name}" for name in expected if name not in loaded and tied.get(name) not in loaded]
     if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems[:_LISTED])}{more}")
+        raise ValueError(f"{source} does not fit its config.json: {list_problems(problems)}")
     for name, parameter in loaded.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
     for name, twin in tied.items():
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, module.get_parameter(twin))
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """The first problems and how many more there are, for one line of an error."""
+    more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    return "; ".join(problems[:_LISTED]) + more
 
 
 def _tied_names(module: nn.Module) -> dict[str, str]:
