@@ -1,4 +1,4 @@
-"""The command line: `bivec embed` and `bivec inspect`. Nothing heavy is imported before a command runs."""
+"""The command line: `bivec embed`, `train` and `inspect`. Nothing heavy is imported before a command runs."""
 
 import json
 import signal
@@ -32,7 +32,8 @@ Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", help="LoRA adapter, hub id or folder; repeat to stack, in order.")
 ]
 Pooling = Annotated[
-    Literal["mean", "weighted_mean", "last", "first"], typer.Option(help="How a text's token states become one vector.")
+    Literal["mean", "weighted_mean", "last", "first"] | None,
+    typer.Option(help="How a text's token states become one vector. Default: the training run's own, else mean."),
 ]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -77,7 +78,7 @@ def embed(
         str | None,
         typer.Option(help="Put before every text; attended to, but not pooled. Default: the model's own prompt."),
     ] = None,
-    pooling: Pooling = "mean",
+    pooling: Pooling = None,
     max_length: MaxLength = 512,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first N dimensions only.")] = None,
@@ -135,11 +136,36 @@ def embed(
         typer.echo(str(summary))
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def train(
+    context: typer.Context,
+    stage: Annotated[
+        str, typer.Argument(metavar="STAGE", help="pretrain, mntp, simcse or supervised.", show_default=False)
+    ] = "",
+    fields: Annotated[
+        list[str] | None, typer.Argument(metavar="--FIELD VALUE...", help="Settings; bivec train STAGE --help.")
+    ] = None,
+) -> None:
+    """Train a stage of LLM2Vec's recipe: pretrain, mntp, simcse or supervised.
+
+    Example: bivec train mntp --model HuggingFaceTB/SmolLM-135M --data texts.txt --output runs/mntp
+
+    bivec train STAGE --help lists every field; --recipe FILE.yaml reads them from a file.
+    """
+    if stage in ("", "-h", "--help"):
+        typer.echo(context.get_help())
+        raise typer.Exit(0 if stage else 2)
+    with _one_line_errors():
+        from .training import read_settings, train
+
+        typer.echo(str(train(read_settings(stage, fields or []))))
+
+
 @app.command()
 def inspect(
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
-    pooling: Pooling = "mean",
+    pooling: Pooling = None,
     max_length: MaxLength = 512,
     device: Device = "auto",
     dtype: Dtype = "auto",

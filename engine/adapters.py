@@ -1,4 +1,4 @@
-"""PEFT LoRA folders merged into a packed Llama, in order, with every tensor accounted for."""
+"""PEFT LoRA folders stacked on a packed Llama or merged into it, in order, with every tensor accounted for."""
 
 import json
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
-    """Add the adapters of `folders` to `model`'s weights in place; each weight's sum is taken in float32, rounded once.
+def stack_adapters(model: nn.Module, folders: Sequence[Path]) -> list[str]:
+    """Put the adapters of `folders` beside `model`'s linears, float32, frozen and not yet active; returns their names.
 
     Raises:
         ValueError: a folder without safetensors, or with tensors that do not fit (an adapter of another base).
@@ -56,7 +56,16 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
             inject_adapter_in_model(config, model, adapter_name=name)
         except ValueError as error:  # no module has such a name
             raise ValueError(f"{folder / 'adapter_config.json'} does not fit the base: {error}") from error
-        _load_adapter(model, name, folder)
+        load_adapter(model, name, folder)
+    return names
+
+
+def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
+    """Add the adapters of `folders` to `model`'s weights in place; each weight's sum is taken in float32, rounded once.
+
+    Raises as `stack_adapters`.
+    """
+    names = stack_adapters(model, folders)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             base = module.get_base_layer()
@@ -68,7 +77,7 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
             setattr(model.get_submodule(parent), attribute, base)
 
 
-def _load_adapter(model: nn.Module, name: str, folder: Path) -> None:
+def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
     """Fill the injected adapter `name` from `folder`, strictly."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():

@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from .run_folder import RunDescription
+
 # configuration, tokenizer and safetensors: no pickle and no code is ever downloaded
 _DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
 
@@ -23,19 +25,25 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base folder, the tokenizer's folder, and adapter folders in the order in which they were trained."""
+    """A base folder, the tokenizer's folder, and adapter folders in the order in which they were trained.
+
+    `run` describes the training run that `name` is, `base_name` is the base as it was named: folder or hub id.
+    """
 
     name: str
     base: Path
+    base_name: str
     tokenizer: Path
     adapters: tuple[Path, ...]
+    run: RunDescription | None = None
 
 
 def resolve(model: str | Path, adapters: tuple[str | Path, ...] = (), hub: HubOptions | None = None) -> Checkpoint:
     """Find a model's files, downloading what a hub id names.
 
     Args:
-        model: a base checkpoint (folder or hub id), or a PEFT or LLM2Vec adapter, whose configuration names its base.
+        model: a base checkpoint (folder or hub id), the folder of a training run, or a PEFT or LLM2Vec adapter, whose
+            configuration names its base.
         adapters: further adapters (folders or hub ids), applied after it.
         hub: `revision` applies to `model` alone.
     Raises:
@@ -48,12 +56,20 @@ def resolve(model: str | Path, adapters: tuple[str | Path, ...] = (), hub: HubOp
     folder = _fetch(str(model), hub)
     chain: list[Path] = []
     tokenizer = folder
+    base_name = str(model)
+    run = RunDescription.read(folder)
+    if run is not None and run.base_model is not None:
+        chain = [*(folder / name for name in run.earlier), folder]
+        base_name = run.base_model
+        names.append(base_name)
+        folder = _fetch(base_name, others)
     while (folder / "adapter_config.json").is_file():
         chain.insert(0, folder)
         base = adapter_base(folder)
         if base in names:
             raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path {base!r} leads back to itself")
         names.append(base)
+        base_name = base
         beside = folder.parent / base
         folder = beside if base.startswith(".") and beside.is_dir() else _fetch(base, others)
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -68,7 +84,7 @@ def resolve(model: str | Path, adapters: tuple[str | Path, ...] = (), hub: HubOp
             raise ValueError(f"the adapter {adapter} was trained on {base}, not on {' or '.join(names)}")
         chain.append(path)
         names.append(adapter)
-    return Checkpoint(name=str(model), base=folder, tokenizer=tokenizer, adapters=tuple(chain))
+    return Checkpoint(str(model), folder, base_name, tokenizer, tuple(chain), run)
 
 
 def adapter_base(folder: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 # window of one layer, as flash-attention writes it: (tokens seen to the left, tokens seen to the right), -1 for all
 Window = tuple[int, int]
 BIDIRECTIONAL: Window = (-1, -1)
+CAUSAL: Window = (-1, 0)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -96,6 +97,14 @@ class ModelConfig:
     def causal_windows(self) -> tuple[Window, ...]:
         """Each layer's window as a language model: the token itself and what is before it (within distance < w)."""
         return tuple((-1, 0) if w is None else (w - 1, 0) for w in self.sliding_windows)
+
+    def windows(self, window: Window) -> tuple[Window, ...]:
+        """One window a layer: `window`, narrowed where the architecture itself slides one."""
+        if window == CAUSAL:
+            return self.causal_windows
+        return tuple(
+            (_narrower(window[0], left), _narrower(window[1], right)) for left, right in self.bidirectional_windows
+        )
 
     @property
     def linear_flops_per_token(self) -> int:
@@ -225,6 +234,11 @@ def _parse_sliding_windows(values: dict, model_type: str, num_layers: int) -> tu
     if unknown:
         raise ValueError(f"layer_types must be full_attention or sliding_attention, got {sorted(unknown)}")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def _narrower(first: int, second: int) -> int:
+    """The smaller of two bounds of a window, where -1 is none."""
+    return max(first, second) if min(first, second) < 0 else min(first, second)
 
 
 def _present(values: dict) -> dict:

@@ -14,7 +14,7 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
     """Sections of texts, numbers and lists; sizes are computed from shapes, the self-test's lines are its results."""
     config, runner, checkpoint = encoder.config, encoder.runner, encoder.checkpoint
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
-    windows = sorted(set(config.bidirectional_windows))
+    windows = sorted(set(encoder.windows))
     activations = runner.pass_bytes(encoder.slab_tokens)
     heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
     _, why = choose_dtype(encoder.asked_dtype, encoder.device)
@@ -32,7 +32,8 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
             "vocabulary": config.vocab_size,
         },
         "encoding": {
-            "mask": "bidirectional, window " + ", ".join(map(str, windows)),
+            "mask": ("causal" if all(right == 0 for _, right in windows) else "bidirectional")
+            + f", window {', '.join(map(str, windows))}",
             "pooling": encoder.pooling,
             "max length": f"{encoder.max_length} tokens (the model has {config.max_position_embeddings} positions)",
             "prompts": encoder.prompts,

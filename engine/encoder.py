@@ -13,13 +13,13 @@ from tqdm import tqdm
 from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
 from .adapters import merge_adapters
-from .config import load_config
+from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe
 from .model import LanguageModel, LlamaModel
 from .packing import PackedBatch, pack
 from .runner import Runner
 from .selftest import check_mask
-from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer
+from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
 from .weights import checkpoint_files, encoder_name, language_model_name, load_weights
 
 Precision = Literal["float32", "float16", "int8"]
@@ -45,20 +45,22 @@ class Encoder:
         *,
         pooling: str,
         backend: str,
+        window: Window = BIDIRECTIONAL,
         asked_dtype: str | torch.dtype = "auto",
     ):
-        if pooling not in POOLING_MODES:
-            raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
         self.model = model
         self.config = model.config
         self.pooling = pooling
         self.checkpoint = checkpoint
         self.prompts, self.default_prompt_name = _read_prompts(checkpoint.tokenizer)
+        if checkpoint.run is not None and checkpoint.run.instruction:
+            self.prompts["query"] = as_prompt(checkpoint.run.instruction)
         self._tokenizer = tokenizer
         self.backend = backend
         self.asked_dtype = asked_dtype
         self.runner = Runner(model, backend)
-        self.self_test = check_mask(self.runner, self.config)
+        self.windows = self.config.windows(window)
+        self.self_test = check_mask(self.runner, self.config, self.windows)
         self.slab_tokens = max(_SLAB_TOKENS[self.device.type], self.max_length)
 
     @classmethod
@@ -66,7 +68,7 @@ class Encoder:
         cls,
         model: str | Path,
         adapters: Sequence[str | Path] = (),
-        pooling: str = "mean",
+        pooling: str | None = None,
         max_length: int = 512,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -75,25 +77,28 @@ class Encoder:
         token: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        window: Window | None = None,
     ) -> "Encoder":
         """Load a model from the hub or a folder, make it bidirectional, merge its adapters, and test its mask.
 
         Args:
-            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, or of a PEFT or LLM2Vec
-                adapter of one.
+            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter of
+                one, or of a run of `bivec train`.
             adapters: further LoRA adapters, merged in this order.
-            pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens.
+            pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
             max_length: tokens a text is cut to, special tokens included; never more than the model has positions.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto`, `triton` (bivec's kernel), `flash` (the flash-attn package's) or `sdpa` (torch's).
             revision, token, cache_dir, local_files_only: as in huggingface_hub; `revision` is `model`'s.
+            window: which tokens see which, `(left, right)` with -1 for all; default the run's, else `(-1, -1)`,
+                bidirectional. `(-1, 0)` is causal.
         Raises:
             ValueError, FileNotFoundError: naming the file or argument and what was expected.
         """
         chosen_device = ops.choose_device(device)
         chosen_dtype, _ = ops.choose_dtype(dtype, chosen_device)
-        if pooling not in POOLING_MODES:
+        if pooling is not None and pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
@@ -108,7 +113,16 @@ class Encoder:
         load_weights(llama, checkpoint_files(checkpoint.base), chosen_dtype, encoder_name)
         merge_adapters(llama, checkpoint.adapters)
         llama.to(chosen_device).eval()
-        return cls(llama, tokenizer, checkpoint, pooling=pooling, backend=backend, asked_dtype=dtype)
+        run = checkpoint.run
+        return cls(
+            llama,
+            tokenizer,
+            checkpoint,
+            pooling=pooling or (run.pooling if run else "mean"),
+            backend=backend,
+            window=window or (run.window if run else BIDIRECTIONAL),
+            asked_dtype=dtype,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -248,7 +262,7 @@ class Encoder:
             found = [tokenized[row - start] for row in rows]
             for slab, batch in self._slabs([text for text in found if isinstance(text, Tokenized)]):
                 pooled = pool(
-                    self.runner(batch),
+                    self.runner(batch, self.windows),
                     batch.cu_seqlens,
                     pool_starts=batch.pool_starts,
                     mode=self.pooling,  # type: ignore[arg-type]  # checked when the encoder was made
@@ -271,7 +285,7 @@ class Encoder:
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
-        return self.model.norm(self.model(batch, backend=self.backend))
+        return self.model.norm(self.model(batch, self.windows, backend=self.backend))
 
     def language_model(self) -> LanguageModel:
         """The original causal language model, read again from the base checkpoint: no adapter touches it."""
@@ -303,7 +317,7 @@ class Encoder:
             ):
                 instruction, text = sentence
                 texts.append(text)
-                prompts.append(instruction + " " if instruction and not instruction[-1].isspace() else instruction)
+                prompts.append(as_prompt(instruction))
             else:
                 raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
         return texts, prompts
@@ -322,7 +336,7 @@ class Encoder:
         found = [text for text in tokenized if isinstance(text, Tokenized)]
         embeddings: list = [None] * len(found)
         for slab, batch in self._slabs(found):
-            hidden_states = self.model.norm(self.runner(batch)).detach().float()
+            hidden_states = self.model.norm(self.runner(batch, self.windows)).detach().float()
             for index, states in zip(slab, hidden_states.split(batch.seqlens), strict=True):
                 embeddings[index] = states.cpu().numpy() if as_numpy else states.clone()
         return embeddings

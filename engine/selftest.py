@@ -11,31 +11,39 @@ from .runner import Runner
 _LENGTH = 8
 
 
-def check_mask(runner: Runner, config: ModelConfig) -> dict[str, str]:
+def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -> dict[str, str]:
     """Perturb tokens and see which states change.
 
+    Args:
+        windows: one a layer, what the encoder runs with.
     Returns:
         one line a check, for `describe`.
     Raises:
-        RuntimeError: a future token does not reach an earlier state, the causal window lets it, or a neighbour does.
+        RuntimeError: a future token does not reach an earlier state though the windows show it, it does though they do
+            not, or a neighbour does.
     """
     length = min([_LENGTH, *(window + 1 for window in config.sliding_windows if window is not None)])
     text = [(17 * place + 3) % config.vocab_size for place in range(length)]
     changed = [*text[:-1], (text[-1] + 1) % config.vocab_size]
+    # the state whose window the last token is the last to enter
+    reach = max((right if right >= 0 else length for _, right in windows), default=length)
+    place = max(0, length - 1 - reach)
 
-    def first_state(sequences: Sequence[Sequence[int]], windows: Sequence[Window]) -> torch.Tensor:
-        return runner(PackedBatch.from_sequences(sequences, device=runner.device), windows)[0]
+    def early_states(sequences: Sequence[Sequence[int]], windows: Sequence[Window]) -> torch.Tensor:
+        return runner(PackedBatch.from_sequences(sequences, device=runner.device), windows)[: length - 1]
 
-    bidirectional, causal = config.bidirectional_windows, config.causal_windows
-    alone = first_state([text], bidirectional)
-    if torch.equal(alone, first_state([changed], bidirectional)):
-        raise RuntimeError("self-test: a future token does not change an earlier state, the model is causal")
-    if not torch.equal(first_state([text], causal), first_state([changed], causal)):
-        raise RuntimeError("self-test: under the causal window a future token changes an earlier state")
-    if not torch.equal(alone, first_state([text, changed], bidirectional)):
+    alone = early_states([text], windows)
+    if not torch.equal(alone, early_states([text, changed], windows)):
         raise RuntimeError("self-test: a text's states change when another text stands beside it")
+    neighbours = {"neighbours": "passed: bitwise the same beside another text"}
+    causal = config.causal_windows
+    if not torch.equal(early_states([text], causal), early_states([changed], causal)):
+        raise RuntimeError("self-test: under the causal window a future token changes an earlier state")
+    if reach == 0:
+        return {"causal": "passed: no future token changes an earlier state"} | neighbours
+    if torch.equal(alone[place], early_states([changed], windows)[place]):
+        raise RuntimeError("self-test: a future token does not change an earlier state, the model is causal")
     return {
         "bidirectional": "passed: a future token changes an earlier state",
         "causal control": "passed: under the causal window it does not",
-        "neighbours": "passed: bitwise the same beside another text",
-    }
+    } | neighbours

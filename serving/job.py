@@ -37,7 +37,7 @@ class EmbedSettings:
     text_column: str = "text"
     id_column: str | None = None
     instruction: str | None = None
-    pooling: str = "mean"
+    pooling: str | None = None
     max_length: int = 512
     normalize: bool = False
     truncate_dim: int | None = None

@@ -1,0 +1,70 @@
+"""`bivec.json`: what a training run adds to the files of its folder, so that `--model RUN` loads all of it.
+
+A LoRA run holds PEFT's `adapter_config.json` and `adapter_model.safetensors`, copies of the adapters that lay beneath it
+in `earlier/1`, `earlier/2`, …, and names its base; a run of full fine-tuning is a checkpoint of its own.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..kernels.pooling import POOLING_MODES
+from .config import BIDIRECTIONAL, Window
+
+RUN_FILE = "bivec.json"
+EARLIER = "earlier"
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """How the vectors of a run are made.
+
+    Attributes:
+        stage: pretrain, mntp, simcse or supervised.
+        base_model: folder or hub id of the original base; None where the run's own folder is the checkpoint.
+        earlier: adapters beneath the run's own, oldest first, as folders within the run's.
+        window: the mask it was trained for, `(left, right)` with -1 for all.
+        pooling: how a text's states become its vector.
+        pools_special_tokens: whether BOS and the like are among them.
+        instruction: put before a query, attended to and not pooled.
+        readout_shift: 1 where the state of the token before a word carries the word (MNTP), else 0.
+    """
+
+    stage: str
+    base_model: str | None
+    earlier: tuple[str, ...] = ()
+    window: Window = BIDIRECTIONAL
+    pooling: str = "mean"
+    pools_special_tokens: bool = True
+    instruction: str = ""
+    readout_shift: int = 0
+
+    def write(self, folder: Path) -> None:
+        (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunDescription | None":
+        """The description of a run's folder, None where there is none; raises ValueError naming what is wrong in it."""
+        path = folder / RUN_FILE
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            run = cls(**(values | {key: tuple(values[key]) for key in ("earlier", "window")}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must describe a run, as `bivec train` writes it: {error}") from error
+        run._check(path)
+        return run
+
+    def _check(self, path: Path) -> None:
+        if self.pooling not in POOLING_MODES:
+            raise ValueError(f"{path}: pooling must be one of {', '.join(POOLING_MODES)}, got {self.pooling!r}")
+        if len(self.window) != 2 or not all(isinstance(bound, int) and bound >= -1 for bound in self.window):
+            raise ValueError(f"{path}: window must be two numbers of at least -1, got {self.window!r}")
+        if not self.pools_special_tokens:
+            raise ValueError(f"{path}: pools_special_tokens must be true, got {self.pools_special_tokens!r}")
+        for name in self.earlier:
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{path}: earlier must name folders within the run's, got {name!r}")
+        if not isinstance(self.instruction, str) or not isinstance(self.base_model, str | None):
+            raise ValueError(f"{path}: base_model and instruction must be strings")

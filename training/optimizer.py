@@ -1,0 +1,93 @@
+"""AdamW, its learning-rate schedule, and a step that a bad gradient cannot spoil; its state as named tensors."""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .settings import TrainingSettings
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Optimizer:
+    """Updates parameters by name, in the order given."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: TrainingSettings):
+        self.parameters = parameters
+        self.max_grad_norm = settings.max_grad_norm
+        self._adamw = torch.optim.AdamW(
+            parameters.values(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        try:
+            self._schedule = transformers.get_scheduler(
+                settings.lr_scheduler_type,
+                self._adamw,
+                num_warmup_steps=settings.warmup_steps,
+                num_training_steps=settings.lr_scheduler_steps or settings.max_steps,
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"lr_scheduler_type {settings.lr_scheduler_type!r} cannot be used: {error}") from error
+
+    @property
+    def learning_rate(self) -> float:
+        return self._adamw.param_groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def step(self) -> float:
+        """Clip, update and go on in the schedule; returns the gradient norm before clipping, in float32.
+
+        Where it is not finite nothing is updated.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        value = norm.item()
+        if math.isfinite(value):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+            self._adamw.step()
+        else:
+            self._adamw._opt_called = True  # the schedule goes on though nothing was updated
+        self._schedule.step()
+        return value
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and moments, on the host."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            found[f"parameter.{name}"] = parameter.detach().cpu()
+            state = self._adamw.state.get(parameter, {})
+            found |= {f"{moment}.{name}": state[moment].cpu() for moment in _MOMENTS if moment in state}
+        return found
+
+    def schedule_state(self) -> dict[str, Any]:
+        return {key: value for key, value in self._schedule.state_dict().items() if key != "lr_lambdas"}
+
+    def restore(self, tensors: dict[str, torch.Tensor], schedule_state: dict[str, Any]) -> None:
+        """Take the state that `tensors` and `schedule_state` gave.
+
+        Raises:
+            ValueError: the tensors are those of other parameters.
+        """
+        for name, parameter in self.parameters.items():
+            saved = tensors.get(f"parameter.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise ValueError(f"the checkpoint has no parameter {name} of shape {tuple(parameter.shape)}")
+            parameter.data.copy_(saved)
+            moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
+            if moments:
+                # adamw keeps its step on the host
+                self._adamw.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device)
+                    for key, value in moments.items()
+                }
+        self._schedule.load_state_dict(self._schedule.state_dict() | schedule_state)
+        for group, rate in zip(self._adamw.param_groups, self._schedule.get_last_lr(), strict=True):
+            group["lr"] = rate

@@ -1,0 +1,112 @@
+"""One step's sequences through the model, in packed slabs of a token budget.
+
+Everything random is a function of the run's seed, the step and the row, so that a pass can be repeated (GradCache,
+activation checkpointing, a resumed run) with the same masks.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..engine.packing import PackedBatch, pack
+from ..engine.tokens import Tokenized
+from .mask_schedule import MaskNow
+from .trainee import Trainee
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Slab(NamedTuple):
+    """Sequences of a step that go through the model together: their places in the step, and their tokens."""
+
+    places: list[int]
+    batch: PackedBatch
+
+
+class Passes:
+    """Runs slabs of one process through a trainee's model.
+
+    Args:
+        token_budget: tokens of a slab.
+        attention_dropout: chance of a probability to be dropped, in training and wherever `dropout` asks for it.
+    """
+
+    def __init__(
+        self, trainee: Trainee, *, token_budget: int, attention_dropout: float, checkpoint_activations: bool, seed: int
+    ):
+        self.trainee = trainee
+        self.token_budget = token_budget
+        self.attention_dropout = attention_dropout
+        self.checkpoint_activations = checkpoint_activations
+        self.seed = seed
+        self._num_tokens = 0
+
+    def take_count(self) -> int:
+        """Tokens that went through the model since this was asked last, second passes included."""
+        count, self._num_tokens = self._num_tokens, 0
+        return count
+
+    def slabs(self, sequences: Sequence[Tokenized]) -> list[Slab]:
+        """The sequences in slabs, sequences of similar length together."""
+        lengths = [len(sequence.ids) for sequence in sequences]
+        return [
+            Slab(
+                places,
+                PackedBatch.from_sequences(
+                    [sequences[place].ids for place in places],
+                    [sequences[place].pool_start for place in places],
+                    self.trainee.device,
+                ),
+            )
+            for places in pack(lengths, self.token_budget, self.token_budget)
+        ]
+
+    def hidden_states(
+        self, slab: Slab, mask: MaskNow, step: int, identities: np.ndarray, *, dropout: bool = True
+    ) -> torch.Tensor:
+        """Last hidden states `(T, E)` of a slab before the final norm, in the compute dtype.
+
+        Args:
+            identities: from `identify`, one for every sequence of the step: what is random about a sequence depends on
+                the seed, the step and its identity.
+        """
+        trainee = self.trainee
+        seeds = sequence_seeds(self.seed, step, identities[slab.places])
+        torch.manual_seed(int(seeds[0]))  # of the adapter's dropout, drawn on the host
+        autocast = trainee.adapter is None and trainee.dtype is not torch.float32
+        precision = torch.autocast(trainee.device.type, trainee.dtype) if autocast else nullcontext()
+        trainee.network.train(dropout)
+        self._num_tokens += slab.batch.num_tokens
+        with precision:
+            return trainee.model(
+                slab.batch,
+                mask.windows,
+                backend=trainee.backend,
+                dropout_p=self.attention_dropout if dropout else 0.0,
+                future_p=mask.future_p,
+                seeds=torch.from_numpy(seeds).to(trainee.device),
+                checkpoint_activations=self.checkpoint_activations and torch.is_grad_enabled(),
+            )
+
+
+def identify(dataset: int, rows: np.ndarray, part: int | np.ndarray) -> np.ndarray:
+    """An identity of each sequence: of a data set, of a row (below 2 ** 32), of a part of the row (below 2 ** 16)."""
+    return (np.int64(dataset) << 48) | (rows.astype(np.int64) << 16) | part
+
+
+def sequence_seeds(seed: int, step: int, identities: np.ndarray) -> np.ndarray:
+    """A 63-bit seed of each sequence: SplitMix64 (Steele et al., 2014) over seed, step and identity, int64."""
+    state = np.full(len(identities), seed, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for word in (np.uint64(step), identities.astype(np.uint64)):
+            state = _mix(state + _GOLDEN * (word + np.uint64(1)))
+    return (state >> np.uint64(1)).astype(np.int64)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

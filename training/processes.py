@@ -1,0 +1,42 @@
+"""The processes of a run: who takes which rows, and sums over all of them. One process needs no collective."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+
+class Processes:
+    """What a training step needs of accelerate: this process's share, and deterministic sums."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self.device = accelerator.device
+        self.group: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
+
+    def share(self, count: int) -> slice:
+        """This process's contiguous part of `count` rows; parts differ by one row at most."""
+        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, float64."""
+        if self.group is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum every gradient over the processes in one collective; a parameter without one counts as zero."""
+        if self.group is None:
+            return
+        parameters = list(parameters)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)

@@ -1,0 +1,222 @@
+"""What is trained: a packed Llama over a frozen base with earlier adapters, and a fresh adapter, or all its weights."""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from ..engine import ops
+from ..engine.adapters import load_adapter, read_adapter_config, stack_adapters
+from ..engine.checkpoints import Checkpoint, resolve
+from ..engine.config import ModelConfig, load_config
+from ..engine.lora import fuse_lora_layers
+from ..engine.model import LanguageModel, LlamaModel
+from ..engine.run_folder import EARLIER, RunDescription
+from ..engine.tokens import TextTokenizer, load_tokenizer
+from ..engine.weights import checkpoint_files, encoder_name, language_model_name, load_weights
+from .settings import PretrainSettings, TrainingSettings
+
+ADAPTER = "default"  # PEFT's name of the adapter in training
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass
+class Trainee:
+    """A model in training.
+
+    Attributes:
+        network: `LanguageModel` where a stage needs logits or every weight is trained, else `LlamaModel`.
+        parameters: what is trained, float32, by a name that checkpoints keep.
+        dtype: of the computation.
+        adapter: the configuration of the adapter in training; None when every weight is.
+    """
+
+    network: LanguageModel | LlamaModel
+    parameters: dict[str, nn.Parameter]
+    config: ModelConfig
+    checkpoint: Checkpoint
+    tokenizer: TextTokenizer
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    adapter: LoraConfig | None
+    earlier: tuple[Path, ...]
+
+    @property
+    def model(self) -> LlamaModel:
+        return self.network.model if isinstance(self.network, LanguageModel) else self.network
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Weight of the language-model head, (V, E)."""
+        assert isinstance(self.network, LanguageModel)
+        return self.network.lm_head.weight
+
+    def activation_bytes_per_token(self) -> int:
+        """Roughly what a training pass keeps of a token for its backward."""
+        config = self.config
+        heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        layer = 6 * config.hidden_size + heads + 4 * config.intermediate_size
+        return config.num_hidden_layers * layer * self.dtype.itemsize
+
+    def save(self, folder: Path, description: RunDescription) -> None:
+        """Write the run's files; `bivec.json` comes last, so its presence says that the others are complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is None:
+            self._save_checkpoint(folder)
+        else:
+            for place, source in enumerate(self.earlier, start=1):
+                target = folder / EARLIER / str(place)
+                target.mkdir(parents=True, exist_ok=True)
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copyfile(source / name, target / name)
+            self.adapter.base_model_name_or_path = self.base_name
+            self.adapter.inference_mode = True
+            self.adapter.save_pretrained(str(folder))
+            state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
+            tensors = {f"base_model.model.{name}": tensor.detach().cpu() for name, tensor in state.items()}
+            _save_tensors(tensors, folder / "adapter_model.safetensors")
+        description.write(folder)
+
+    @property
+    def base_name(self) -> str:
+        """The original base, as another process on this machine finds it: a hub id or an absolute path."""
+        name = self.checkpoint.base_name
+        return str(self.checkpoint.base.resolve()) if Path(name).expanduser().is_dir() else name
+
+    def _save_checkpoint(self, folder: Path) -> None:
+        values = json.loads((self.checkpoint.base / "config.json").read_text(encoding="utf-8"))
+        values.pop("torch_dtype", None)
+        values["dtype"] = "float32"
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name in _TOKENIZER_FILES:
+            if (self.checkpoint.tokenizer / name).is_file():
+                shutil.copyfile(self.checkpoint.tokenizer / name, folder / name)
+        tensors = {name: parameter.detach().cpu() for name, parameter in self.network.named_parameters()}
+        _save_tensors(tensors, folder / "model.safetensors")
+
+
+def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
+    """Load the settings' model and make its trained part; the fresh adapter depends on the seed alone.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the field or file and what was expected.
+    """
+    dtype, _ = ops.choose_dtype(settings.dtype, device)
+    if dtype is torch.float16:
+        raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
+    checkpoint = resolve(settings.model)
+    config = load_config(checkpoint.base)
+    if settings.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length must be at most the model's {config.max_position_embeddings} positions, "
+            f"got {settings.max_length}"
+        )
+    if settings.attention == "flash" and (settings.attention_dropout or settings.mask_schedule == "annealed"):
+        raise ValueError("attention 'flash' cannot draw the masks of attention_dropout or mask_schedule annealed")
+    backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)
+    tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), settings.max_length)
+    has_head = settings.full_finetuning or settings.predicts_tokens
+    kind = LanguageModel if has_head else LlamaModel
+    if isinstance(settings, PretrainSettings) and settings.random_weights:
+        network = kind(config)
+        _randomize(network, checkpoint.base, settings.seed)
+    else:
+        with torch.device("meta"):
+            network = kind(config)
+        rename = language_model_name if has_head else encoder_name
+        weights_dtype = torch.float32 if settings.full_finetuning else dtype
+        load_weights(network, checkpoint_files(checkpoint.base), weights_dtype, rename)
+    network.requires_grad_(False)
+    inner = network.model if isinstance(network, LanguageModel) else network
+    earlier, adapter = checkpoint.adapters, None
+    if settings.full_finetuning:
+        if earlier:
+            raise ValueError(f"full_finetuning needs a model without adapters, {settings.model} has {len(earlier)}")
+        network.requires_grad_(True)
+    else:
+        continued = None
+        if settings.continue_adapter:
+            if not earlier:
+                raise ValueError(f"continue_adapter needs a model with an adapter, {settings.model} has none")
+            *rest, continued = earlier
+            earlier = tuple(rest)
+        adapter = _add_adapters(inner, earlier, continued, settings)
+    if getattr(settings, "train_head", False):
+        assert isinstance(network, LanguageModel)
+        if config.tie_word_embeddings:
+            raise ValueError("train_head needs a head of its own; this model's is tied to its embeddings")
+        network.lm_head.weight = nn.Parameter(network.lm_head.weight.float())
+    network.to(device).train()
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return Trainee(network, parameters, config, checkpoint, tokenizer, device, dtype, backend, adapter, tuple(earlier))
+
+
+def _add_adapters(
+    model: LlamaModel, earlier: tuple[Path, ...], continued: Path | None, settings: TrainingSettings
+) -> LoraConfig:
+    """Earlier adapters frozen, and one in training: `continued`, or a fresh one whose B is zero."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # stacking is what we want
+        names = stack_adapters(model, earlier)
+        if continued is not None:
+            config = read_adapter_config(continued)
+            config.inference_mode = False
+            config.lora_dropout = settings.lora_dropout
+        else:
+            linears = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            linears |= {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+            for name in settings.target_modules:
+                if name not in linears:
+                    known = ", ".join(sorted(name for name in linears if name.endswith("_proj")))
+                    raise ValueError(f"target_modules must be among {known}, got {name!r}")
+            config = LoraConfig(
+                r=settings.lora_r,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=list(settings.target_modules),
+            )
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    torch.manual_seed(settings.seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter([name for name in (*names, ADAPTER) if name in module.lora_A])
+            for pair in (module.lora_A, module.lora_B):
+                for name, linear in pair.items():
+                    linear.float().requires_grad_(name == ADAPTER)
+            if ADAPTER in module.lora_A and continued is None:
+                module.reset_lora_parameters(ADAPTER, True)  # anew in float32, where the base may have 16 bits
+    if continued is not None:
+        load_adapter(model, ADAPTER, continued)
+    fuse_lora_layers(model)
+    return config
+
+
+def _randomize(network: nn.Module, base: Path, seed: int) -> None:
+    """Weights as transformers makes a Llama's: normal with `initializer_range`, biases zero, norms one."""
+    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    deviation = float(values.get("initializer_range", 0.02))
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
+                parameter.data.normal_(0.0, deviation, generator=generator)
+            else:
+                parameter.data.fill_(0.0 if name == "bias" else 1.0)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Under a temporary name first: a killed process leaves no half file under the real one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), {"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
