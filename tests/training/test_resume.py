@@ -1,0 +1,276 @@
+"""A killed run, resumed, is bitwise the run that was not: at every point of saving, and at steps between.
+
+Runs are forked from this process, each with one thread, so that importing torch is paid for once.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bivec.training import checkpoint, loop, train
+from bivec.training.optimizer import Optimizer
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+
+def in_child(action) -> int:
+    """Run `action` in a fork of this process; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            action()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+def exit_code(action) -> int:
+    return os.waitstatus_to_exitcode(in_child(action))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def settings(make_settings, tmp_path):
+    """Seven steps over an epoch and a half, in several passes each, with every kind of dropout."""
+
+    def make(output: str = "run", **changes):
+        arguments = {"attention_dropout": 0.3, "lora_dropout": 0.05, "token_budget": 96, "max_steps": 7}
+        arguments |= {"save_steps": 2, "eval_steps": 3, "output": str(tmp_path / output)}
+        return make_settings("simcse", **(arguments | changes))
+
+    return make
+
+
+def contents(output: Path) -> tuple[list[dict], bytes]:
+    """The log's entries and the adapter's bytes."""
+    entries = [json.loads(line) for line in (output / loop.LOG).read_text().splitlines()]
+    return entries, (output / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def uninterrupted(settings):
+    whole = settings("whole")
+    assert exit_code(lambda: train(whole)) == 0
+    return contents(Path(whole.output))
+
+
+def assert_resumes(settings, uninterrupted) -> None:
+    resumed = settings(resume=True)
+    assert exit_code(lambda: train(resumed)) == 0
+    entries, adapter = contents(Path(resumed.output))
+    assert entries == uninterrupted[0]
+    assert adapter == uninterrupted[1]
+    folders = sorted(path.name for path in (Path(resumed.output) / checkpoint.CHECKPOINTS).iterdir())
+    assert folders == ["step-6", "step-7"]
+
+
+# what saving a checkpoint does to the disk, each call a point at which a run can be killed
+TOUCHES = [(checkpoint, "save_file"), (checkpoint, "_sync"), (os, "replace"), (shutil, "rmtree"), (Path, "write_text")]
+
+
+def touch_counted(monkeypatch, at_call) -> None:
+    """Call `at_call(number, what, arguments)` before each touch within `checkpoint.save`."""
+    number, inside = [0], [False]
+    save = checkpoint.save
+
+    def counted(function, name):
+        def call(*arguments, **options):
+            if inside[0]:
+                number[0] += 1
+                at_call(number[0], name, arguments)
+            return function(*arguments, **options)
+
+        return call
+
+    def watched(*arguments, **options):
+        inside[0] = True
+        try:
+            return save(*arguments, **options)
+        finally:
+            inside[0] = False
+
+    for owner, name in TOUCHES:
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name), name))
+    monkeypatch.setattr(checkpoint, "save", watched)
+
+
+def test_killed_at_every_point_of_saving(settings, uninterrupted, monkeypatch, tmp_path):
+    """The second and the third checkpoint: there is an older one, and there is one to remove."""
+    calls = tmp_path / "calls"
+
+    def count():
+        touch_counted(monkeypatch, lambda number, name, _: calls.open("a").write(f"{number} {name}\n"))
+        train(settings("counted"))
+
+    assert exit_code(count) == 0
+    points = [line.split() for line in calls.read_text().splitlines()]
+    per_save = len([name for _, name in points if name == "save_file"])
+    assert per_save == 4
+    kills = [int(number) for number, _ in points][len(points) // 4 : 3 * len(points) // 4 + 1]
+    assert len(kills) >= 16
+    for point in kills:
+        shutil.rmtree(settings().output, ignore_errors=True)
+
+        def run_until(point=point):
+            def kill(number, name, arguments):
+                if number == point:
+                    if name == "save_file":  # half a file
+                        Path(arguments[1]).write_bytes(b"\x10\x00\x00\x00")
+                    die()
+
+            touch_counted(monkeypatch, kill)
+            train(settings())
+
+        assert exit_code(run_until) == -signal.SIGKILL
+        assert_resumes(settings, uninterrupted)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+def test_killed_at_a_step(settings, uninterrupted, step, monkeypatch):
+    steps = [0]
+    original = Optimizer.step
+
+    def counted(self):
+        steps[0] += 1
+        if steps[0] == step:
+            die()
+        return original(self)
+
+    def run():
+        monkeypatch.setattr(Optimizer, "step", counted)
+        train(settings())
+
+    assert exit_code(run) == -signal.SIGKILL
+    assert_resumes(settings, uninterrupted)
+
+
+def test_sigterm_saves_first(settings, uninterrupted, monkeypatch):
+    original = Optimizer.step
+    steps = [0]
+
+    def counted(self):
+        steps[0] += 1
+        if steps[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    def run():
+        monkeypatch.setattr(Optimizer, "step", counted)
+        train(settings())
+
+    assert exit_code(run) == 143
+    saved = checkpoint.newest(Path(settings().output))
+    assert saved is not None
+    assert saved.state["step"] == 3
+    resumed = settings(resume=True)
+    assert exit_code(lambda: train(resumed)) == 0
+    assert contents(Path(resumed.output)) == uninterrupted
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(settings, uninterrupted, monkeypatch):
+    saves = [0]
+    original = checkpoint.save_file
+
+    def full(tensors, path):
+        saves[0] += 1
+        if saves[0] == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(settings())
+    folder = Path(settings().output) / checkpoint.CHECKPOINTS
+    assert [path.name for path in folder.iterdir()] == ["step-2"]
+    shutil.rmtree(settings().output)  # that run had more than one thread
+    monkeypatch.undo()
+
+
+def test_a_damaged_checkpoint_is_passed_over(settings):
+    run = settings(max_steps=4)
+    train(run)
+    folder = Path(run.output) / checkpoint.CHECKPOINTS
+    with (folder / "step-4" / "tensors.safetensors").open("r+b") as file:
+        file.seek(200)
+        file.write(b"\xff")
+    saved = checkpoint.newest(Path(run.output))
+    assert saved is not None
+    assert saved.path.name == "step-2"
+    (folder / "step-2" / "manifest.json").unlink()
+    assert checkpoint.newest(Path(run.output)) is None
+
+
+def test_resuming_a_finished_run_changes_nothing(settings):
+    run = settings(max_steps=3)
+    train(run)
+    before = contents(Path(run.output))
+    summary = train(settings(max_steps=3, resume=True))
+    assert (summary.steps, summary.tokens) == (3, 0)
+    assert contents(Path(run.output)) == before
+
+
+def test_refuses_another_configuration_or_other_data(settings, text_file):
+    train(settings(max_steps=2))
+    with pytest.raises(ValueError, match=r"temperature was 0.05, is 0.1") as error:
+        train(settings(max_steps=2, temperature=0.1, resume=True))
+    assert "step-2" in str(error.value)
+    text_file.write_text(text_file.read_text().replace("fox", "cat"))
+    with pytest.raises(ValueError, match="trained on other data"):
+        train(settings(max_steps=2, resume=True))
+
+
+def test_keeps_what_stands_in_the_output(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not empty: give --resume"):
+        train(settings())
+    with pytest.raises(FileExistsError, match="holds no run of bivec"):
+        train(settings(overwrite=True))
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+    train(settings("other", max_steps=1))
+    with pytest.raises(FileNotFoundError):
+        train(settings("other", max_steps=1, overwrite=True, data=["missing.txt"]))
+    assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(settings, monkeypatch):
+    original = Optimizer.step
+    calls = [0]
+
+    def spoiled(bad):
+        def step(self):
+            calls[0] += 1
+            if calls[0] in bad:
+                next(iter(self.parameters.values())).grad[0, 0] = float("inf")
+            before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            norm = original(self)
+            same = all(torch.equal(before[name], parameter) for name, parameter in self.parameters.items())
+            assert same == (calls[0] in bad)
+            return norm
+
+        return step
+
+    monkeypatch.setattr(Optimizer, "step", spoiled({2, 3}))
+    assert train(settings(max_steps=5, max_skipped_steps=3)).skipped == 2
+    calls[0] = 0
+    monkeypatch.setattr(Optimizer, "step", spoiled({2, 3, 4}))
+    with pytest.raises(RuntimeError, match="3 steps in a row, the last of them 4, had no finite gradient"):
+        train(settings("bad", max_steps=5, max_skipped_steps=3))
