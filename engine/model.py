@@ -3,7 +3,7 @@
 This is the differentiable pass that training uses and the place where weights and adapters are loaded;
 `runner.py` fuses the same layers for embedding. Covers Llama, Mistral, Qwen2 and Qwen3.
 
-Shapes: T packed tokens, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary.
+Shapes: T packed tokens, S sequences, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig, Window
 from .ops import attention
 from .packing import PackedBatch
+
+LAYER_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd: it reaches every 64-bit number; as a signed one
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -71,13 +74,19 @@ class Attention(nn.Module):
         batch: PackedBatch,
         window: Window,
         backend: str,
+        dropout_p: float,
+        future_p: float,
+        seeds: torch.Tensor | None,  # int64 (S,), this layer's
     ) -> torch.Tensor:
         projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projections)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        return self.o_proj(attention(query, key, value, batch, window, backend).flatten(1))
+        attended = attention(
+            query, key, value, batch, window, backend, dropout_p=dropout_p, future_p=future_p, seeds=seeds
+        )
+        return self.o_proj(attended.flatten(1))
 
 
 class MLP(nn.Module):
@@ -122,18 +131,38 @@ class LlamaModel(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(
-        self, batch: PackedBatch, windows: Sequence[Window] | None = None, *, backend: str = "sdpa"
+        self,
+        batch: PackedBatch,
+        windows: Sequence[Window] | None = None,
+        *,
+        backend: str = "sdpa",
+        dropout_p: float = 0.0,
+        future_p: float = 1.0,
+        seeds: torch.Tensor | None = None,
+        checkpoint_activations: bool = False,
     ) -> torch.Tensor:
         """Last hidden states `(T, E)` before the final norm (`self.norm`), in the weights' dtype.
 
         Args:
             windows: one a layer, `(left, right)` with -1 for all; default: the configuration's, bidirectional.
             backend: what `ops.choose_backend` gave.
+            dropout_p: the chance that an attention probability is dropped, in every layer.
+            future_p: the chance that a token is shown a later one that its window holds, in every layer.
+            seeds: int64 `(S,)`, one a sequence, needed by these two. Layer `l` draws its masks from
+                `seeds + l * LAYER_SEED_STEP` modulo 2**64, so choose them at random, not in multiples of the step.
+            checkpoint_activations: keep only the layers' inputs, and compute each layer again in the backward.
         """
         hidden_states = self.embed_tokens(batch.input_ids)
         cos, sin = self.rotary_tables(batch.positions)
         for layer, window in zip(self.layers, windows or self.config.bidirectional_windows, strict=True):
-            hidden_states = layer(hidden_states, cos, sin, batch, window, backend)
+            arguments = (hidden_states, cos, sin, batch, window, backend, dropout_p, future_p, seeds)
+            if checkpoint_activations:
+                # the state of torch's generator with it: LoRA's dropout draws its seed from there
+                hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=True)
+            else:
+                hidden_states = layer(*arguments)
+            if seeds is not None:
+                seeds = seeds + LAYER_SEED_STEP
         return hidden_states
 
 

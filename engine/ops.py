@@ -1,14 +1,16 @@
 """The one place where a backend is chosen: attention over packed sequences, and linears for inference.
 
-Shapes: T packed tokens, H query heads, G key/value heads, D head dimension, B sequences of equal length L.
+Shapes: T packed tokens, S sequences, H query heads, G key/value heads, D head dimension, B sequences of equal length L.
 """
 
 import importlib.util
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
+from ..kernels.attention_padded import varlen_attention as padded_attention
 from .config import Window
 from .packing import PackedBatch
 
@@ -18,7 +20,8 @@ ATTENTION_BACKENDS = ("triton", "flash", "sdpa")
 def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The attention backend for `attention` on a device: "auto", or one of `ATTENTION_BACKENDS`.
 
-    `triton` is bivec's own kernel, `flash` the flash-attn package's, `sdpa` torch's over groups of equal length.
+    `triton` is bivec's own kernel, `flash` the flash-attn package's, `sdpa` torch's over groups of equal length, or
+    `kernels/attention_padded.py` for training on the CPU and for random masks.
 
     Raises:
         ValueError: an explicit request that cannot be met; only "auto" chooses.
@@ -78,28 +81,57 @@ def attention(
     window: Window,
     backend: str,
     out: torch.Tensor | None = None,  # (T, H, D)
+    *,
+    dropout_p: float = 0.0,
+    future_p: float = 1.0,
+    seeds: torch.Tensor | None = None,  # int64 (S,)
 ) -> torch.Tensor:
-    """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given."""
+    """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given.
+
+    Args:
+        dropout_p: the chance that an attention probability is dropped.
+        future_p: the chance that a query is shown a key ahead of it, the same for all heads.
+        seeds: one a sequence; what the two hide depends on it alone, and is the same with `triton` and `sdpa`.
+
+    Raises:
+        ValueError: `flash` is asked for random masks, or there are no seeds for them.
+    """
+    random = dropout_p > 0.0 or future_p < 1.0
+    packed_attention: Callable[..., torch.Tensor]
     if backend == "triton":
         from ..kernels.attention import varlen_attention  # triton is there on Linux only
 
-        output = varlen_attention(query, key, value, batch.cu_seqlens, batch.max_seqlen, window_size=window)
-        return output if out is None else out.copy_(output)
-    if backend == "flash":
+        packed_attention = varlen_attention
+    elif backend == "flash":
+        if random:
+            wrong = (
+                f"dropout_p must be 0, got {dropout_p}" if dropout_p > 0.0 else f"future_p must be 1, got {future_p}"
+            )
+            raise ValueError(f"{wrong}: flash-attn knows no seed of a sequence; attention must be triton or sdpa")
         output = _flash_attention(query, key, value, batch, window)
         return output if out is None else out.copy_(output)
-    outputs = []
-    for first, count, length in batch.equal_length_runs:
-        rows = slice(first, first + count * length)
-        q, k, v = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
-        output = _equal_length_attention(q, k, v, window).flatten(0, 1)
-        if out is None:
-            outputs.append(output)
-        else:
-            out[rows] = output
-    if out is not None:
-        return out
-    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+    elif random or (out is None and _trains_on_cpu(query, key, value)):
+        packed_attention = padded_attention
+    else:
+        return _equal_lengths_attention(query, key, value, batch, window, out)
+    output = packed_attention(
+        query,
+        key,
+        value,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        window_size=window,
+        dropout_p=dropout_p,
+        future_p=future_p,
+        seeds=seeds,
+    )
+    return output if out is None else out.copy_(output)
+
+
+def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
+    """SDPA's backward is slow there, and training does not need a sequence to be bitwise the same in any batch."""
+    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return requires_grad and tensors[0].device.type == "cpu"
 
 
 def _flash_attention(
@@ -119,13 +151,36 @@ def _flash_attention(
     )
 
 
-def _equal_length_attention(
+def _equal_lengths_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: PackedBatch,
+    window: Window,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """One call for each run of neighbouring sequences of one length: bitwise the same in any batch."""
+    outputs = []
+    for first, count, length in batch.equal_length_runs:
+        rows = slice(first, first + count * length)
+        q, k, v = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
+        output = _scaled_dot_product_attention(q, k, v, window).flatten(0, 1)
+        if out is None:
+            outputs.append(output)
+        else:
+            out[rows] = output
+    if out is not None:
+        return out
+    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def _scaled_dot_product_attention(
     query: torch.Tensor,  # (B, L, H, D)
     key: torch.Tensor,  # (B, L, G, D)
     value: torch.Tensor,  # (B, L, G, D)
     window: Window,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` over sequences of one length; `(B, L, H, D)`."""
+    """Over sequences of one length; `(B, L, H, D)`."""
     length = query.shape[1]
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),

@@ -9,11 +9,10 @@ query heads, `G` key/value heads, `D` head dimension. The launch depends on thes
 call can be captured in a CUDA graph, and a sequence's result depends on nothing but itself.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from .attention_arguments import check_chances, check_scale, check_seeds, check_tensors, check_window, describe
 from .attention_backward import attention_backward_long
 from .attention_forward import attention_forward_long
 from .attention_masks import AttentionMask
@@ -142,8 +141,10 @@ def varlen_attention(
     Raises ValueError for arguments that break these rules, and for CPU tensors, which only Triton's interpreter takes
     (TRITON_INTERPRET=1 before triton is imported).
     """
-    _check_tensors(q, k, v, cu_seqlens)
-    left, right = _check_window(window_size)
+    _check_kernel_limits(q)
+    check_tensors(q, k, v, cu_seqlens)
+    _check_strides(q, k, v)
+    left, right = check_window(window_size)
     if not isinstance(max_seqlen, int) or max_seqlen < 0:
         raise ValueError(f"max_seqlen must be a number of tokens, got {max_seqlen!r}")
     future_p_tensor = None
@@ -151,18 +152,13 @@ def varlen_attention(
         if future_p.numel() != 1 or future_p.dtype != torch.float32 or future_p.device != q.device:
             raise ValueError(
                 f"future_p must be a number or one float32 element on {q.device}, "
-                f"got {_describe(future_p)} on {future_p.device}"
+                f"got {describe(future_p)} on {future_p.device}"
             )
         future_p, future_p_tensor = 1.0, future_p
-    elif not 0.0 <= future_p <= 1.0:
-        raise ValueError(f"future_p must be in [0, 1], got {future_p}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_chances(dropout_p, future_p)
     random = dropout_p > 0.0 or future_p < 1.0 or future_p_tensor is not None
-    _check_seeds(seeds, random, cu_seqlens)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    check_seeds(seeds, random, cu_seqlens)
+    scale = check_scale(softmax_scale, q.shape[2])
     if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"q must be on a CUDA device, got {q.device}; on a CPU use bivec.kernels.reference.varlen_attention or "
@@ -184,58 +180,14 @@ def varlen_attention(
     return out
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
-    if q.dim() != 3:
-        raise ValueError(f"q must be (num_tokens, num_heads, head_dim), got {_describe(q)}")
+def _check_kernel_limits(q: Tensor) -> None:
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"q must be bfloat16, float16 or float32, got {_describe(q)}")
-    num_tokens, num_heads, head_dim = q.shape
-    if not 16 <= head_dim <= 256:
-        raise ValueError(f"q must have a head dimension of 16 to 256, got {head_dim}")
-    if k.dim() != 3 or k.shape[0] != num_tokens or k.shape[2] != head_dim:
-        raise ValueError(f"k must be ({num_tokens}, num_kv_heads, {head_dim}), got {_describe(k)}")
-    if k.shape[1] == 0 or num_heads % k.shape[1]:
-        raise ValueError(f"k must have a number of heads that divides q's {num_heads}, got {k.shape[1]}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {_describe(v)}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {_describe(tensor)}")
-    for name, tensor in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
+        raise ValueError(f"q must be bfloat16, float16 or float32, got {describe(q)}")
+    if q.dim() == 3 and not 16 <= q.shape[2] <= 256:
+        raise ValueError(f"q must have a head dimension of 16 to 256, got {q.shape[2]}")
+
+
+def _check_strides(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(2) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"cu_seqlens must be int32 of shape (num_sequences + 1,), got {_describe(cu_seqlens)}")
-    if cu_seqlens.stride(0) != 1 and cu_seqlens.shape[0] > 1:
-        raise ValueError(f"cu_seqlens must be contiguous, got strides {cu_seqlens.stride()}")
-
-
-def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        left, right = (int(bound) for bound in window_size)
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size must be (left, right), got {window_size!r}") from None
-    if left < -1 or right < -1:
-        raise ValueError(f"window_size must hold two bounds of at least 0, or -1 for none, got {window_size}")
-    return left, right
-
-
-def _check_seeds(seeds: Tensor | None, random: bool, cu_seqlens: Tensor) -> None:
-    if seeds is None:
-        if random:
-            raise ValueError("seeds must be given with dropout_p above 0 or future_p below 1, got None")
-        return
-    num_sequences = cu_seqlens.shape[0] - 1
-    if seeds.dtype != torch.int64 or seeds.shape != (num_sequences,):
-        raise ValueError(f"seeds must be int64 of shape ({num_sequences},), got {_describe(seeds)}")
-    if seeds.device != cu_seqlens.device:
-        raise ValueError(f"seeds must be on q's device {cu_seqlens.device}, got {seeds.device}")
-    if num_sequences > 1 and seeds.stride(0) != 1:
-        raise ValueError(f"seeds must be contiguous, got strides {seeds.stride()}")
