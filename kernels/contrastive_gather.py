@@ -40,9 +40,7 @@ class _GatherKeys(torch.autograd.Function):
         return summed[rank * num_keys : (rank + 1) * num_keys].clone(), None, None
 
 
-def shapes_by_rank(
-    queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup
-) -> Tensor:
+def shapes_by_rank(queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> Tensor:
     """int64 (W, 3): each process's number of queries, of keys, and bytes that it sends for a key and its group."""
     key_bytes = keys.shape[1] * keys.element_size() + (0 if groups is None else groups.element_size())
     # filled on the device: a copy from the host would wait for it
