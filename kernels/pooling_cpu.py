@@ -2,9 +2,9 @@
 
     sums[s] = sum over pooled tokens t of weight[t] * hidden[t] * rsqrt(mean(hidden[t] ** 2) + eps)
 
-`T` packed tokens, `S` sequences, `E` hidden size, `P` parts. A sequence is summed in parts of PART tokens from its first
-pooled one, and the parts in order, so nothing depends on what stands beside it. A weighted sum of rows, without a
-temporary matrix and in order, is what `embedding_bag` computes. The backward needs the hidden states alone and writes
+`T` packed tokens, `S` sequences, `E` hidden size, `P` parts. A sequence is summed in parts of PART tokens from its
+first pooled one, and the parts in order, so nothing depends on what stands beside it. A weighted sum of rows, without
+a temporary matrix and in order, is what `embedding_bag` computes. The backward needs the hidden states alone and writes
 their gradient once.
 """
 
