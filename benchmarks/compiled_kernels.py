@@ -147,10 +147,10 @@ def compile_lora(capability: int) -> dict:
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
-def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[int], dict]]]:
-    """What tells a configuration of the operation from the others, and the compilation of it for a capability."""
+def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[..., dict], tuple]]:
+    """What tells a configuration from the others, what compiles it, and its arguments after the capability."""
     if arguments.operation == "lora":
-        yield "dropout", compile_lora
+        yield "dropout", compile_lora, ()
         return
     compile_operation: Callable[[int, int, torch.dtype, str], dict]
     if arguments.operation == "attention":
@@ -160,11 +160,7 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callabl
     else:
         compile_operation, letter, sizes, kinds = compile_pooling, "E", arguments.hidden_size, arguments.norm
     for dtype, size, kind in itertools.product(arguments.dtype, sizes, kinds):
-        settings = (size, getattr(torch, dtype), kind)
-        yield (
-            f"{dtype} {letter}{size} {kind}",
-            lambda capability, compiled=compile_operation, settings=settings: compiled(capability, *settings),
-        )
+        yield f"{dtype} {letter}{size} {kind}", compile_operation, (size, getattr(torch, dtype), kind)
 
 
 def resources(kernel) -> dict:
@@ -209,10 +205,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}
-    for capability, (configuration, compile_for) in itertools.product(
+    for capability, (configuration, compile_operation, settings) in itertools.product(
         arguments.capability, list(configurations(arguments))
     ):
-        for kernel, row in compile_for(capability).items():
+        for kernel, row in compile_operation(capability, *settings).items():
             name = f"sm_{capability} {configuration} {kernel}"
             figures[name] = row
             print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

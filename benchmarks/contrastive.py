@@ -73,8 +73,8 @@ def run_case(case: Contrastive, device: torch.device, rounds: int | None, ceilin
     queries.grad = keys.grad = None
     rounds = rounds or max(2, min(15, int(ROUND_FLOPS[device.type] / case.flops)))
     timings = measure(variants, rounds=rounds, warmup=1, reverse=True, device=device)
-    facts = {"num_queries": case.num_queries, "num_keys": case.num_keys, "size": case.size}
-    facts["dtype"] = str(case.dtype).removeprefix("torch.")
+    facts: dict = {"num_queries": case.num_queries, "num_keys": case.num_keys, "size": case.size}
+    facts |= {"dtype": str(case.dtype).removeprefix("torch.")}
     rows = []
     for name, timing in timings.items():
         row = facts | timing.row()

@@ -7,6 +7,7 @@ it cannot run. `N` queries, `M` keys, `E` embedding size; keys beyond N are hard
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,6 @@ PEERS: dict[str, Peer] = {
     "Inf-CL, plain PyTorch": inf_cl,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "Liger fused linear cross-entropy": liger,
-    "MultipleNegativesRankingLoss": lambda *arguments: sentence_transformers(*arguments, cached=False),
-    "CachedMultipleNegativesRankingLoss": lambda *arguments: sentence_transformers(*arguments, cached=True),
+    "MultipleNegativesRankingLoss": partial(sentence_transformers, cached=False),
+    "CachedMultipleNegativesRankingLoss": partial(sentence_transformers, cached=True),
 }
