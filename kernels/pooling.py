@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from .pooling_cpu import pool_sums_cpu
+
 PoolingMode = Literal["mean", "weighted_mean", "last", "first"]
 POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
 
@@ -55,8 +57,6 @@ def pool(
 
         vectors = pool_sums(hidden, cu_seqlens, pool_starts, MODES.index(mode), eps)
     else:
-        from .pooling_cpu import pool_sums_cpu
-
         vectors = pool_sums_cpu(hidden, cu_seqlens, pool_starts, mode, eps)
     # the norm's weight is the same for every token, so it is applied to the sum
     vectors = vectors if norm_weight is None else vectors * norm_weight.float()

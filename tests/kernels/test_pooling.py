@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bivec.kernels import pooling_cpu, reference
+from bivec.kernels import pooling, pooling_cpu, reference
 from bivec.kernels.pooling import POOLING_MODES, pool
 from bivec.kernels.pooling_sums import MODES, pool_sums
 
@@ -20,7 +20,7 @@ def path(request, device, monkeypatch) -> str:
     if request.param == "eager":
         return "cpu"
     if device == "cpu":
-        monkeypatch.setattr(pooling_cpu, "pool_sums_cpu", interpreted_sums)
+        monkeypatch.setattr(pooling, "pool_sums_cpu", interpreted_sums)
     return device
 
 
