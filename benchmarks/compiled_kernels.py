@@ -2,6 +2,8 @@
 
     python -m bivec.benchmarks.compiled_kernels --capability 90 --head-dim 64 128 --dtype bfloat16
     python -m bivec.benchmarks.compiled_kernels --operation contrastive --dtype bfloat16
+    python -m bivec.benchmarks.compiled_kernels --operation pooling --hidden-size 2048
+    python -m bivec.benchmarks.compiled_kernels --operation lora
 
 The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch
 is compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON
@@ -26,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import attention, attention_tiles, contrastive_chunks, pooling_sums
+from ..kernels import attention, attention_tiles, contrastive_chunks, lora_dropout, pooling_sums
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -106,13 +108,17 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
-def compile_pooling(capability: int, size: int, dtype: torch.dtype) -> dict:
-    """Kernel name -> resources of the pooling kernels for hidden states of `size`, forward and backward."""
+def compile_pooling(capability: int, size: int, dtype: torch.dtype, norm: str) -> dict:
+    """Kernel name -> resources of the pooling kernels for hidden states of `size`, forward and backward.
+
+    `norm` of the hidden states: `none`, or `rms`.
+    """
     hidden, sums = torch.empty(256, size, dtype=dtype), torch.empty(4, size)
     cu_seqlens, pool_starts = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    eps = 1e-6 if norm == "rms" else None
     with collected_launches(capability) as launches:
-        pooling_sums.pool_sums(hidden, cu_seqlens, pool_starts, 0, 1e-6)
-        pooling_sums.pool_sums_backward(sums, hidden, cu_seqlens, pool_starts, 0, 1e-6)
+        pooling_sums.pool_sums(hidden, cu_seqlens, pool_starts, 0, eps)
+        pooling_sums.pool_sums_backward(sums, hidden, cu_seqlens, pool_starts, 0, eps)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
@@ -132,6 +138,29 @@ def compile_contrastive(capability: int, num_keys: int, dtype: torch.dtype, term
         contrastive_chunks.launch_rows(logits, gradient, targets, groups, directions, temperature, loss, dot, 1.0)
         contrastive_chunks.launch_columns(logits, targets, groups, column_lse, temperature)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
+def compile_lora(capability: int) -> dict:
+    """Kernel name -> resources of the kernel that draws the LoRA linears' dropout mask, one for any shape and dtype."""
+    with collected_launches(capability) as launches:
+        lora_dropout.draw_keep_mask((256, 64), 1000, 0, torch.device("cpu"))
+    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
+def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[..., dict], tuple]]:
+    """What tells a configuration from the others, what compiles it, and its arguments after the capability."""
+    if arguments.operation == "lora":
+        yield "dropout", compile_lora, ()
+        return
+    compile_operation: Callable[[int, int, torch.dtype, str], dict]
+    if arguments.operation == "attention":
+        compile_operation, letter, sizes, kinds = compile_attention, "D", arguments.head_dim, arguments.mask
+    elif arguments.operation == "contrastive":
+        compile_operation, letter, sizes, kinds = compile_contrastive, "M", arguments.num_keys, arguments.terms
+    else:
+        compile_operation, letter, sizes, kinds = compile_pooling, "E", arguments.hidden_size, arguments.norm
+    for dtype, size, kind in itertools.product(arguments.dtype, sizes, kinds):
+        yield f"{dtype} {letter}{size} {kind}", compile_operation, (size, getattr(torch, dtype), kind)
 
 
 def resources(kernel) -> dict:
@@ -163,24 +192,24 @@ def resources(kernel) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operation", default="attention", choices=["attention", "contrastive"])
+    operations = ["attention", "contrastive", "pooling", "lora"]
+    parser.add_argument("--operation", default="attention", choices=operations)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS))
-    parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536])
-    parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256], help="attention")
+    parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS), help="attention")
+    parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536], help="contrastive")
+    parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"], help="contrastive")
+    parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling")
+    parser.add_argument("--norm", nargs="+", default=["none", "rms"], choices=["none", "rms"], help="pooling")
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}
-    compile_operation: Callable[[int, int, torch.dtype, str], dict]
-    if arguments.operation == "attention":
-        compile_operation, letter, sizes, kinds = compile_attention, "D", arguments.head_dim, arguments.mask
-    else:
-        compile_operation, letter, sizes, kinds = compile_contrastive, "M", arguments.num_keys, arguments.terms
-    for capability, dtype, size, kind in itertools.product(arguments.capability, arguments.dtype, sizes, kinds):
-        for kernel, row in compile_operation(capability, size, getattr(torch, dtype), kind).items():
-            name = f"sm_{capability} {dtype} {letter}{size} {kind} {kernel}"
+    for capability, (configuration, compile_operation, settings) in itertools.product(
+        arguments.capability, list(configurations(arguments))
+    ):
+        for kernel, row in compile_operation(capability, *settings).items():
+            name = f"sm_{capability} {configuration} {kernel}"
             figures[name] = row
             print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if arguments.write is not None:

@@ -14,7 +14,7 @@ import torch
 
 from .timing import FLUSH_BYTES, measure
 
-PACKAGES = ("bivec", "torch", "triton", "transformers", "sentence-transformers", "peft", "flash-attn")
+PACKAGES = ("bivec", "torch", "triton", "transformers", "sentence-transformers", "peft", "flash-attn", "liger-kernel")
 # the flags that decide which matrix instructions there are
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "sve")
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .contrastive_chunks import column_log_sum_exp, gradient_dtype, loss_and_gradients
-from .contrastive_gather import combine_columns, gather_keys
+from .contrastive_gather import combine_columns, gather_keys, shapes_by_rank
 from .pooling import PoolingMode, pool
 
 
@@ -105,15 +105,16 @@ def contrastive_loss(
     dims             Matryoshka sizes (Kusupati et al., arXiv 2205.13147): the mean of the losses of the leading
                      dimensions, each truncated before it is normalised
     process_group    negatives from every rank. Each rank gives as many queries and keys as the others, `targets`
-                     counts its own keys, and group ids mean the same everywhere. One collective gathers keys and
-                     groups, one sums the keys' gradients (`symmetric`: one more of (M,) numbers). The mean of the
-                     loss over the ranks is the loss of the joined batch; as in DistributedDataParallel, the gradient
-                     on a rank is that of the ranks' sum, the world size times the joined batch's for queries and
-                     keys, so that averaging parameters' (and the temperature's) gradients over ranks gives the joined
-                     batch's
+                     counts its own keys, and group ids mean the same everywhere. One collective of three numbers
+                     compares shapes, one gathers keys and groups, one sums the keys' gradients (`symmetric`: one
+                     more of (M,) numbers). The mean of the loss over the ranks is the loss of the joined batch; as in
+                     DistributedDataParallel, the gradient on a rank is that of the ranks' sum, the world size times
+                     the joined batch's for queries and keys, so that averaging parameters' (and the temperature's)
+                     gradients over ranks gives the joined batch's
 
-    Raises ValueError for arguments that break these rules. What is inside of `targets`, `groups` and a temperature
-    tensor is checked on the CPU; on CUDA, without waiting for the device, a device-side assertion guards the first two.
+    Raises ValueError for arguments that break these rules, unequal shapes on every rank. What is inside of `targets`,
+    `groups` and a temperature tensor is checked on the CPU; on CUDA, without waiting for the device, a device-side
+    assertion guards the first two, and the other ranks' shapes.
     """
     _check_rows(queries, keys, targets)
     temperature_tensor = _check_temperature(temperature, queries.device)
@@ -129,6 +130,7 @@ def contrastive_loss(
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError("process_group must have this process among its ranks, got one without it")
+        _check_ranks(queries, keys, groups, process_group)
         targets = targets + rank * keys.shape[0]
         keys, groups = gather_keys(keys, groups, process_group)
     needs_gradient = torch.is_grad_enabled() and any(
@@ -269,6 +271,18 @@ def _check_groups(groups: Tensor | None, keys: Tensor) -> None:
     if groups.device != keys.device:
         raise ValueError(f"groups must be on queries' device {keys.device}, got {groups.device}")
     _require((groups >= 0).all(), "groups must be at least 0, got one below")
+
+
+def _check_ranks(queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> None:
+    """Before the gather, which with unequal shapes would wait for ever or mix rows up."""
+    shapes = shapes_by_rank(queries, keys, groups, process_group)
+    came = "others"
+    if shapes.device.type == "cpu" and not torch.compiler.is_compiling():
+        came = f"(queries, keys, bytes of a key and its group) {shapes.tolist()}"
+    _require(
+        (shapes == shapes[:1]).all(),
+        f"queries, keys and groups must have the same shapes and dtypes on every rank of process_group, got {came}",
+    )
 
 
 def _check_dims(dims: Sequence[int] | None, embedding_size: int) -> Sequence[int]:

@@ -18,6 +18,7 @@ from .ragged import INTERPRETED, narrow
 
 # float32 logits held at a time: each CUDA chunk adds into all M key gradients once, so few chunks; a CPU has caches
 LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
+CACHED_ELEMENTS = 2**18  # of the logits that eager PyTorch works on at once
 # float16 probabilities of a large batch would be subnormal; |gradient| <= 2 leaves this much room
 FLOAT16_GRADIENT_SCALE = 2.0**14
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
@@ -222,7 +223,18 @@ def _eager_scores(logits: Tensor, targets: Tensor, groups: Tensor | None, temper
 
 
 def _eager_rows(logits, gradient, targets, groups, column_lse, temperature, loss, dot, gradient_scale) -> None:
-    """`launch_rows` in PyTorch; the gradient is not scaled, because float32 needs no scale."""
+    """`launch_rows` in PyTorch, a few rows at a time, so that its many passes find them in the cache.
+
+    The gradient is not scaled, because float32 needs no scale.
+    """
+    step = max(1, CACHED_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        written = None if gradient is None else gradient[rows]
+        _eager_block(logits[rows], written, targets[rows], groups, column_lse, temperature, loss[rows], dot[rows])
+
+
+def _eager_block(logits, gradient, targets, groups, column_lse, temperature, loss, dot) -> None:
     scores = _eager_scores(logits, targets, groups, temperature)
     positive = scores.gather(1, targets[:, None])
     row_lse = scores.logsumexp(1, keepdim=True)

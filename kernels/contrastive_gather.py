@@ -1,4 +1,5 @@
-"""Keys of every process for the contrastive loss: one collective forward, one backward.
+"""Keys of every process for the contrastive loss: one collective forward, one backward, after a tiny one that compares
+numbers.
 
 `M` keys of each process, the same number everywhere, `W` processes.
 """
@@ -37,6 +38,15 @@ class _GatherKeys(torch.autograd.Function):
         dist.all_reduce(summed, group=group)
         rank = dist.get_rank(group)
         return summed[rank * num_keys : (rank + 1) * num_keys].clone(), None, None
+
+
+def shapes_by_rank(queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> Tensor:
+    """int64 (W, 3): each process's number of queries, of keys, and bytes that it sends for a key and its group."""
+    key_bytes = keys.shape[1] * keys.element_size() + (0 if groups is None else groups.element_size())
+    # filled on the device: a copy from the host would wait for it
+    numbers = (queries.shape[0], keys.shape[0], key_bytes)
+    own = [torch.full((1, 1), number, dtype=torch.int64, device=keys.device) for number in numbers]
+    return _all_gather(torch.cat(own, dim=1), process_group)
 
 
 def gather_keys(keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:

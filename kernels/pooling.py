@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from .pooling_cpu import pool_sums_cpu
+
 PoolingMode = Literal["mean", "weighted_mean", "last", "first"]
 POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
 
@@ -22,6 +24,7 @@ def pool(
     truncate_dim: int | None = None,
     normalize: bool = True,
     output_dtype: torch.dtype | None = None,
+    ranges: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One vector a sequence, `(S, E)` or `(S, truncate_dim)`, from packed hidden states `(T, E)`.
 
@@ -37,12 +40,15 @@ def pool(
         norm_weight: `(E,)`, applies RMSNorm with `norm_eps` to each row first.
         truncate_dim: keep that many leading dimensions, before `normalize`.
         normalize: divide by the L2 norm.
-        output_dtype: default float32.
+        output_dtype: a floating-point one, default float32; or int8, which has no gradient.
+        ranges: float32 `(2, E)` or `(2, truncate_dim)`, required by int8 alone: the values of each dimension that
+            become -128 and 127, as in sentence-transformers' `quantize_embeddings`; what lies outside is clipped.
     Raises:
         ValueError: a wrong shape or dtype, an unknown mode, or a sequence without a pooled token. (On CUDA that last
             one would have to wait for the device; such a sequence gets a vector of zeros.)
     """
     _check(hidden, cu_seqlens, pool_starts, mode, norm_weight, truncate_dim)
+    _check_output(hidden, norm_weight, truncate_dim, output_dtype, ranges)
     if pool_starts is None:
         pool_starts = torch.zeros_like(cu_seqlens[1:])
     eps = None if norm_weight is None else norm_eps
@@ -51,36 +57,23 @@ def pool(
 
         vectors = pool_sums(hidden, cu_seqlens, pool_starts, MODES.index(mode), eps)
     else:
-        vectors = _eager_sums(hidden, cu_seqlens.long(), pool_starts.long(), mode, eps)
+        vectors = pool_sums_cpu(hidden, cu_seqlens, pool_starts, mode, eps)
     # the norm's weight is the same for every token, so it is applied to the sum
     vectors = vectors if norm_weight is None else vectors * norm_weight.float()
     vectors = vectors[:, :truncate_dim]
     if normalize:
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    if ranges is not None:
+        return _quantize(vectors, ranges)
     return vectors.to(output_dtype or torch.float32)
 
 
-def _eager_sums(
-    hidden: torch.Tensor, bounds: torch.Tensor, pool_starts: torch.Tensor, mode: PoolingMode, eps: float | None
-) -> torch.Tensor:
-    """Weighted sums of (RMS-normalised) rows, float32 `(S, E)`; `pooling_sums.py` computes the same on CUDA."""
-    starts, ends = bounds[:-1] + pool_starts, bounds[1:]
-    if bool((starts >= ends).any()):
-        empty = int((starts >= ends).nonzero()[0])
-        raise ValueError(f"every sequence must have a token to pool, sequence {empty} has none")
-    if mode in ("last", "first"):
-        return _rms_norm(hidden[ends - 1 if mode == "last" else starts].float(), eps)
-    num_tokens = int(bounds[-1])
-    rows = _rms_norm(hidden[:num_tokens].float(), eps)
-    place = torch.arange(num_tokens, device=hidden.device)
-    place = place - torch.repeat_interleave(starts, bounds.diff(), output_size=num_tokens)
-    weights = ((place + 1 if mode == "weighted_mean" else torch.ones_like(place)) * (place >= 0)).float()
-    sums = torch.segment_reduce(rows * weights[:, None], "sum", offsets=bounds, axis=0)
-    return sums / torch.segment_reduce(weights, "sum", offsets=bounds)[:, None]
-
-
-def _rms_norm(rows: torch.Tensor, eps: float | None) -> torch.Tensor:
-    return rows if eps is None else rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+def _quantize(vectors: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """int8 by 256 steps between each dimension's bounds."""
+    low, high = ranges
+    steps = (high - low) / 255
+    steps = torch.where(steps == 0, 1.0, steps)
+    return ((vectors - low) / steps).floor_().clamp_(0, 255).sub_(128).to(torch.int8)
 
 
 def _check(
@@ -113,3 +106,29 @@ def _check(
         raise ValueError(f"norm_weight must have shape {tuple(hidden.shape[1:])}, got {tuple(norm_weight.shape)}")
     if truncate_dim is not None and not 1 <= truncate_dim <= hidden.shape[1]:
         raise ValueError(f"truncate_dim must be from 1 to {hidden.shape[1]}, got {truncate_dim}")
+
+
+def _check_output(
+    hidden: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    truncate_dim: int | None,
+    output_dtype: torch.dtype | None,
+    ranges: torch.Tensor | None,
+) -> None:
+    if output_dtype != torch.int8:
+        if output_dtype is not None and not output_dtype.is_floating_point:
+            raise ValueError(f"output_dtype must be floating point or int8, got {output_dtype}")
+        if ranges is not None:
+            raise ValueError(f"ranges must be None unless output_dtype is int8, got {tuple(ranges.shape)}")
+        return
+    shape = (2, truncate_dim or hidden.shape[1])
+    if ranges is None:
+        raise ValueError(f"ranges must be float32 {shape} for an output_dtype of int8, got None")
+    if ranges.dtype != torch.float32 or ranges.shape != shape or ranges.device != hidden.device:
+        raise ValueError(
+            f"ranges must be float32 {shape} on {hidden.device}, got {ranges.dtype} {tuple(ranges.shape)} on "
+            f"{ranges.device}"
+        )
+    for name, tensor in (("hidden", hidden), ("norm_weight", norm_weight)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient for an output_dtype of int8, got one that does")

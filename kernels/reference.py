@@ -83,8 +83,9 @@ def pool(
     truncate_dim: int | None = None,
     normalize: bool = True,
     output_dtype: torch.dtype | None = None,
+    ranges: Tensor | None = None,
 ) -> Tensor:
-    """RMSNorm, mean over each sequence's pooled tokens, truncation, L2 norm; (T, E) -> (S, E)."""
+    """RMSNorm, mean over each sequence's pooled tokens, truncation, L2 norm, int8 steps; (T, E) -> (S, E)."""
     vectors = []
     for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         rows = hidden[begin:end]
@@ -100,7 +101,12 @@ def pool(
             vector = rows[-1 if mode == "last" else 0]
         vector = vector[:truncate_dim]
         vectors.append(vector / vector.norm() if normalize else vector)
-    return torch.stack(vectors).to(output_dtype or hidden.dtype)
+    stacked = torch.stack(vectors)
+    if ranges is not None:
+        steps = (ranges[1] - ranges[0]) / 255
+        levels = ((stacked - ranges[0]) / steps.where(steps != 0, 1)).floor()
+        stacked = levels.clamp(0, 255) - 128
+    return stacked.to(output_dtype or hidden.dtype)
 
 
 def contrastive_loss(

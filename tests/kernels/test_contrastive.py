@@ -283,6 +283,21 @@ dist.destroy_process_group()
 """
 
 
+def run_ranks(script, world_size, folder):
+    """`script` in as many processes, with the arguments rank, world size and a folder of their own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank), str(world_size), str(folder)], env=environment)
+        for rank in range(world_size)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.wait(timeout=120) == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def test_two_processes_equal_one_on_the_joined_batch(device, tmp_path):
     if device != "cpu":
         pytest.skip("gloo runs on the CPU")
@@ -303,17 +318,7 @@ def test_two_processes_equal_one_on_the_joined_batch(device, tmp_path):
     cases.append({**cases[0], "groups": groups})
     del cases[0]["targets"]  # the diagonal, which is each rank's own
     torch.save(cases, tmp_path / "cases.pt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(world_size), str(tmp_path)], env=environment)
-        for rank in range(world_size)
-    ]
-    try:
-        for rank in ranks:
-            assert rank.wait(timeout=120) == 0
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(RANK, world_size, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
     diagonal = torch.arange(each) + keys_each * torch.arange(world_size)[:, None]
     for number, settings in enumerate(cases):
@@ -326,6 +331,38 @@ def test_two_processes_equal_one_on_the_joined_batch(device, tmp_path):
         torch.testing.assert_close(torch.cat(grad_queries) / world_size, joined[1], **tolerance)
         torch.testing.assert_close(torch.cat(grad_keys) / world_size, joined[2], **tolerance)
         torch.testing.assert_close(torch.stack(grad_temperature).mean(), joined[3], rtol=1e-5, atol=1e-5)
+
+
+UNEQUAL_RANK = """
+import sys, torch, torch.distributed as dist
+from bivec.kernels.contrastive import contrastive_loss
+rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+messages = []
+# queries, keys, embedding size, groups: of each rank
+for shapes in [((3, 5, 8, 0), (3, 6, 8, 0)), ((3, 5, 8, 0), (2, 5, 8, 0)), ((3, 5, 8, 5), (3, 5, 8, 0))]:
+    num_queries, num_keys, size, num_groups = shapes[rank]
+    rows = torch.ones(num_queries, size), torch.ones(num_keys, size)
+    groups = torch.zeros(num_groups, dtype=torch.int64) if num_groups else None
+    try:
+        contrastive_loss(*rows, groups=groups, process_group=dist.group.WORLD)
+        messages.append("")
+    except ValueError as error:
+        messages.append(str(error))
+torch.save(messages, f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_unequal_ranks_are_refused_on_every_rank(device, tmp_path):
+    if device != "cpu":
+        pytest.skip("gloo runs on the CPU")
+    run_ranks(UNEQUAL_RANK, 2, tmp_path)
+    came = ("[[3, 5, 32], [3, 6, 32]]", "[[3, 5, 32], [2, 5, 32]]", "[[3, 5, 40], [3, 5, 32]]")
+    for rank in range(2):
+        for message, shapes in zip(torch.load(tmp_path / f"rank{rank}.pt"), came, strict=True):
+            assert "must have the same shapes and dtypes on every rank of process_group, got " in message
+            assert message.endswith(shapes)
 
 
 PEAK = """

@@ -1,11 +1,12 @@
 """Pooling against float64: the eager path of the CPU, and the kernels, interpreted or on CUDA."""
 
 import inspect
+import math
 
 import pytest
 import torch
 
-from bivec.kernels import pooling, reference
+from bivec.kernels import pooling, pooling_cpu, reference
 from bivec.kernels.pooling import POOLING_MODES, pool
 from bivec.kernels.pooling_sums import MODES, pool_sums
 
@@ -19,12 +20,12 @@ def path(request, device, monkeypatch) -> str:
     if request.param == "eager":
         return "cpu"
     if device == "cpu":
-        monkeypatch.setattr(pooling, "_eager_sums", interpreted_sums)
+        monkeypatch.setattr(pooling, "pool_sums_cpu", interpreted_sums)
     return device
 
 
-def interpreted_sums(hidden, bounds, pool_starts, mode, eps):
-    return pool_sums(hidden, bounds.int(), pool_starts.int(), MODES.index(mode), eps)
+def interpreted_sums(hidden, cu_seqlens, pool_starts, mode, eps):
+    return pool_sums(hidden, cu_seqlens, pool_starts, MODES.index(mode), eps)
 
 
 def bounds(lengths, device="cpu"):
@@ -85,6 +86,71 @@ def test_a_sequence_is_the_same_bits_in_any_company(path, mode):
         assert torch.equal(pool(rows, bounds([len(rows)], path), mode=mode, norm_weight=weight)[0], together[i])
 
 
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_chunks_change_nothing_on_the_cpu(monkeypatch, mode):
+    """Chunks of a few rows, cut inside of sequences' parts and not, give the bits of one chunk."""
+    hidden, cu_seqlens, starts, weight = make("cpu")
+    upstream = torch.randn(len(LENGTHS), 40, generator=torch.Generator().manual_seed(1))
+    results = []
+    for elements in (2**19, 70 * 40, 1):
+        monkeypatch.setattr(pooling_cpu, "CHUNK_ELEMENTS", elements)
+        inputs = hidden.clone().requires_grad_()
+        vectors = pool(inputs, cu_seqlens, pool_starts=starts, mode=mode, norm_weight=weight)
+        results.append((vectors.detach(), *torch.autograd.grad(vectors, inputs, upstream)))
+    for vectors, gradient in results[1:]:
+        assert torch.equal(vectors, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+def test_no_sequences(path):
+    hidden = torch.randn(5, 40, device=path, requires_grad=True)
+    vectors = pool(hidden, bounds([], path))
+    assert vectors.shape == (0, 40)
+    vectors.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("dim", [None, 7])
+def test_output_in_float16_and_int8(path, dim):
+    hidden, cu_seqlens, starts, weight = make(path, torch.float16)
+    arguments = {"pool_starts": starts, "norm_weight": weight, "truncate_dim": dim}
+    vectors = pool(hidden, cu_seqlens, **arguments)
+    halves = pool(hidden, cu_seqlens, **arguments, output_dtype=torch.float16)
+    assert halves.dtype == torch.float16
+    assert torch.equal(halves, vectors.half())
+
+    ranges = torch.stack([vectors.amin(0), vectors.amax(0) * 0.9])  # some values lie outside
+    ranges[:, 2] = 0.01  # a dimension without extent
+    levels = pool(hidden, cu_seqlens, **arguments, output_dtype=torch.int8, ranges=ranges)
+    assert levels.dtype == torch.int8
+    assert levels.min() == -128
+    assert levels.max() == 127
+    by_hand = [
+        [
+            min(max(math.floor((x - low) / ((high - low) / 255 or 1.0)), 0), 255) - 128
+            for x, low, high in zip(row, *ranges.tolist(), strict=True)
+        ]
+        for row in vectors.tolist()
+    ]
+    # a value on the edge between two steps may fall to either
+    differences = (levels.cpu().int() - torch.tensor(by_hand)).abs()
+    assert differences.max() <= 1
+    assert (differences > 0).float().mean() < 0.02
+    truth = reference.pool(hidden.double(), cu_seqlens, **arguments, output_dtype=torch.int8, ranges=ranges)
+    assert truth.dtype == torch.int8
+    assert (levels.int() - truth.int()).abs().float().mean() < 0.02
+
+
+def test_int8_is_sentence_transformers(path):
+    quantization = pytest.importorskip("sentence_transformers.util.quantization")
+    hidden, cu_seqlens, *_ = make(path)
+    vectors = pool(hidden, cu_seqlens)
+    ranges = torch.stack([vectors.amin(0), vectors.amax(0)])
+    levels = pool(hidden, cu_seqlens, output_dtype=torch.int8, ranges=ranges)
+    theirs = quantization.quantize_embeddings(vectors, "int8", ranges=ranges.cpu().numpy())
+    assert torch.equal(levels.cpu(), torch.from_numpy(theirs))
+
+
 def test_tail_and_instruction_get_zero_gradient_and_every_row_is_written(device, monkeypatch):
     """Outputs are allocated full of NaN, the slab has a long tail and spare sequences."""
     empty = torch.empty
@@ -132,6 +198,25 @@ def test_reference_has_the_same_signature():
         ({"norm_weight": torch.ones(4)}, "norm_weight must have shape"),
         ({"norm_weight": torch.ones(3, device="meta")}, "norm_weight must be on hidden's device"),
         ({"truncate_dim": 4}, "truncate_dim must be from 1 to 3"),
+        ({"output_dtype": torch.int32}, "output_dtype must be floating point or int8, got torch.int32"),
+        ({"output_dtype": torch.int8}, r"ranges must be float32 \(2, 3\) for an output_dtype of int8, got None"),
+        (
+            {"output_dtype": torch.int8, "ranges": torch.ones(2, 3), "truncate_dim": 2},
+            r"ranges must be float32 \(2, 2\) on cpu, got torch.float32 \(2, 3\)",
+        ),
+        (
+            {"output_dtype": torch.int8, "ranges": torch.ones(2, 3).double()},
+            r"ranges must be float32 \(2, 3\) on cpu, got torch.float64",
+        ),
+        ({"ranges": torch.ones(2, 3)}, "ranges must be None unless output_dtype is int8"),
+        (
+            {"output_dtype": torch.int8, "ranges": torch.ones(2, 3), "hidden": torch.ones(4, 3).requires_grad_()},
+            "hidden must not require a gradient for an output_dtype of int8",
+        ),
+        (
+            {"output_dtype": torch.int8, "ranges": torch.ones(2, 3), "norm_weight": torch.ones(3).requires_grad_()},
+            "norm_weight must not require a gradient",
+        ),
     ],
 )
 def test_bad_input(changes, message):

@@ -1,0 +1,217 @@
+"""Final norm, mean over each text and L2 norm against everybody: forward, and forward with backward.
+
+    python -m bivec.benchmarks.pooling --output pooling.json
+    python -m bivec.benchmarks.pooling --quick --device cpu
+
+GB/s count the hidden states once forward, and backward their gradient once (with RMSNorm the hidden states once more),
+also as a share of what the device reaches in a copy in the same run. A padded peer is given padded hidden states,
+whose making is not timed, and its bytes are those of the real tokens. Errors are against float64, the largest of the
+vectors and of the gradient as a share of the largest value, beside those of the padded mean in the same dtype.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import reference
+from ..kernels.pooling import pool
+from .attention import real_lengths
+from .contrastive import largest_error
+from .machine import describe_machine
+from .timing import argument_parser, error_text, measure, ratio, report
+
+NORM_EPS = 1e-5
+PADDED = "sentence-transformers, padded"
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """One case: texts of these lengths, `T` tokens in all, hidden states of `size` (E)."""
+
+    name: str
+    lengths: tuple[int, ...]
+    size: int
+    dtype: torch.dtype
+    norm: bool
+
+    def least_bytes(self, direction: str) -> float:
+        """The hidden states, their gradient and the vectors, each moved no more often than it must be."""
+        hidden = sum(self.lengths) * self.size * self.dtype.itemsize
+        vectors = len(self.lengths) * self.size * 4
+        if direction == "forward":
+            return hidden + vectors
+        return hidden * (3 if self.norm else 2) + 2 * vectors
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """Hidden states, the norm's weight, the upstream gradient of the vectors."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(sum(self.lengths), self.size), (self.size,), (len(self.lengths), self.size)]
+        hidden, weight, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
+        return [hidden.to(device, self.dtype), weight.to(device, self.dtype), upstream.to(device)]
+
+
+@dataclass
+class Prepared:
+    """A peer's own hidden states, the function of them to vectors (S, E), and the way back to packed rows."""
+
+    hidden: Tensor
+    pool: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor] = lambda packed: packed
+
+
+Peer = Callable[[Pooling, Tensor, Tensor], Prepared | str]
+
+
+def _bounds(case: Pooling, device: torch.device) -> Tensor:
+    return torch.tensor([0, *case.lengths]).cumsum(0).to(device, torch.int32)
+
+
+def bivec(case: Pooling, hidden: Tensor, weight: Tensor) -> Prepared:
+    cu_seqlens = _bounds(case, hidden.device)
+    norm_weight = weight if case.norm else None
+    return Prepared(hidden, lambda hidden: pool(hidden, cu_seqlens, norm_weight=norm_weight, norm_eps=NORM_EPS))
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    """As transformers' Llama does it."""
+    rows = hidden.float()
+    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + NORM_EPS)
+    return weight * rows.to(hidden.dtype)
+
+
+def padded(case: Pooling, hidden: Tensor, weight: Tensor) -> Prepared | str:
+    try:
+        from sentence_transformers.sentence_transformer.modules import Pooling as Module
+    except ImportError:
+        return "package sentence-transformers (6) is not installed"
+    module, lengths = Module(case.size), torch.tensor(case.lengths, device=hidden.device)
+    rows = torch.nn.utils.rnn.pad_sequence(hidden.split(case.lengths), batch_first=True)
+    mask = (torch.arange(rows.shape[1], device=hidden.device) < lengths[:, None]).long()
+
+    def pool(hidden: Tensor) -> Tensor:
+        hidden = _rms_norm(hidden, weight) if case.norm else hidden
+        pooled = module({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+        return F.normalize(pooled.float(), dim=1)
+
+    return Prepared(rows, pool, lambda gradient: gradient[mask.bool()])
+
+
+def packed(case: Pooling, hidden: Tensor, weight: Tensor, method: str) -> Prepared:
+    cu_seqlens = _bounds(case, hidden.device).long()
+    counts = cu_seqlens.diff()
+    sequence = torch.repeat_interleave(counts)
+
+    def pool(hidden: Tensor) -> Tensor:
+        rows = (_rms_norm(hidden, weight) if case.norm else hidden).float()
+        if method == "segment_reduce":
+            return F.normalize(torch.segment_reduce(rows, "mean", offsets=cu_seqlens, axis=0), dim=1)
+        sums = rows.new_zeros((len(case.lengths), case.size)).index_add(0, sequence, rows)
+        return F.normalize(sums / counts[:, None], dim=1)
+
+    if method == "compiled":
+        return Prepared(hidden, torch.compile(pool))
+    return Prepared(hidden, pool)
+
+
+PEERS: dict[str, Peer] = {
+    "bivec": bivec,
+    PADDED: padded,
+    "eager, packed, index_add": partial(packed, method="index_add"),
+    "eager, packed, segment_reduce": partial(packed, method="segment_reduce"),
+    "packed, index_add, torch.compile": partial(packed, method="compiled"),
+}
+
+
+def choose_cases(device: torch.device, quick: bool) -> list[Pooling]:
+    if quick:
+        return [Pooling("quick", (3, 70, 1), 24, torch.float32, norm) for norm in (False, True)]
+    on_gpu = device.type == "cuda"
+    num_tokens = 2**18 if on_gpu else 2**14
+    small, large = (2048, 4096) if on_gpu else (576, 2048)
+    mix, short = ("real mix", real_lengths(num_tokens)), ("uniform 16", (16,) * (num_tokens // 16))
+    cases = []
+    for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
+        for texts, size, norm in ((mix, small, False), (mix, small, True), (short, small, True), (mix, large, True)):
+            cases.append(Pooling(*texts, size, dtype, norm))
+    return cases
+
+
+def directions(prepared: Prepared, upstream: Tensor) -> dict[str, Callable[[], Tensor]]:
+    hidden = prepared.hidden.detach().requires_grad_()
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return prepared.pool(prepared.hidden)
+
+    def both() -> Tensor:
+        return torch.autograd.grad(prepared.pool(hidden), hidden, upstream)[0]
+
+    return {"forward": forward, "both": both}
+
+
+def exact_results(case: Pooling, hidden: Tensor, weight: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Vectors and gradient in float64."""
+    hidden = hidden.double().requires_grad_()
+    norm_weight = weight.double() if case.norm else None
+    vectors = reference.pool(hidden, _bounds(case, hidden.device), norm_weight=norm_weight, norm_eps=NORM_EPS)
+    return [vectors.detach(), *torch.autograd.grad(vectors, hidden, upstream.double())]
+
+
+def run_case(case: Pooling, device: torch.device, rounds: int, copy_rate: float) -> list[dict]:
+    hidden, weight, upstream = case.inputs(device)
+    truth = exact_results(case, hidden, weight, upstream)
+    ready: dict[str, dict[str, Callable[[], Tensor]] | str] = {}
+    errors: dict[str, float] = {}
+    for name, peer in PEERS.items():
+        try:
+            prepared = peer(case, hidden, weight)
+            if isinstance(prepared, str):
+                ready[name] = prepared
+                continue
+            ready[name] = ways = directions(prepared, upstream)
+            errors[name] = largest_error([ways["forward"](), prepared.unpack(ways["both"]())], truth)
+        except Exception as error:  # a peer that cannot do this case stands in the result with its reason
+            ready[name] = error_text(error)
+    p10, p50, p90 = np.percentile(case.lengths, [10, 50, 90]).tolist()
+    facts = {"case": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), "norm": case.norm}
+    facts |= {"tokens": sum(case.lengths), "sequences": len(case.lengths), "p10": p10, "p50": p50, "p90": p90}
+    rows = []
+    for direction in ("forward", "both"):
+        variants = {name: ways if isinstance(ways, str) else ways[direction] for name, ways in ready.items()}
+        timings = measure(variants, rounds=rounds, reverse=True, device=device, flush_cache=device.type == "cuda")
+        for name, timing in timings.items():
+            row = facts | {"direction": direction} | timing.row()
+            if not timing.skipped:
+                gigabytes = case.least_bytes(direction) / timing.median / 1e9
+                row |= {"gb_per_s": gigabytes, "of_copy": gigabytes / copy_rate}
+                row |= {"error": errors[name], "padded_error": errors.get(PADDED)}
+                if name != "bivec":
+                    row["bivec_speedup"] = ratio(timing, timings["bivec"])
+            rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = argument_parser(__doc__).parse_args(argv)
+    device = torch.device(arguments.device)
+    rounds = arguments.rounds or (2 if arguments.quick else 15)
+    machine = describe_machine(device)
+    rows: list[dict] = []
+    for case in choose_cases(device, arguments.quick):
+        label = f"{case.name}, {case.size}, {case.dtype}, {'with' if case.norm else 'no'} norm"
+        print(label, file=sys.stderr, flush=True)
+        rows += run_case(case, device, rounds, machine["copy_gb_per_s"])
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    report("pooling", rows, machine=machine, output=arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
