@@ -4,6 +4,7 @@
     python -m bivec.benchmarks.compiled_kernels --operation contrastive --dtype bfloat16
     python -m bivec.benchmarks.compiled_kernels --operation pooling --hidden-size 2048
     python -m bivec.benchmarks.compiled_kernels --operation lora
+    python -m bivec.benchmarks.compiled_kernels --operation fusions --size 576 4096
 
 The launchers run on small CPU tensors while Triton believes in a device of the capability asked for, and every launch
 is compiled instead of run. So what is read is specialised exactly as on that device. The last line is one JSON
@@ -28,7 +29,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import attention, attention_tiles, contrastive_chunks, lora_dropout, pooling_sums
+from ..kernels import (
+    attention,
+    attention_tiles,
+    contrastive_chunks,
+    cross_entropy_triton,
+    lora_dropout,
+    norm_triton,
+    pooling_sums,
+    rotary_triton,
+    swiglu_triton,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -147,6 +158,29 @@ def compile_lora(capability: int) -> dict:
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
+def compile_fusions(capability: int, size: int, dtype: torch.dtype, pass_: str) -> dict:
+    """Kernel name -> resources of norm, rotary, SwiGLU and cross-entropy at a hidden size, `forward` or `backward`."""
+    x, weight, rstd, losses = (
+        torch.empty(256, size, dtype=dtype),
+        torch.empty(size, dtype=dtype),
+        torch.empty(256, 1),
+        torch.empty(256),
+    )
+    heads, tables = x.view(256, -1, 64), (torch.empty(256, 32), torch.empty(256, 32))
+    logits, targets = torch.empty(256, 49152, dtype=dtype), torch.zeros(256).long()
+    with collected_launches(capability) as launches:
+        if pass_ == "forward":
+            norm_triton.norm_forward(x, x, weight, 1e-6)
+            rotary_triton.rotate(heads, heads, *tables, False)
+            swiglu_triton.swiglu_forward(x, x)
+            cross_entropy_triton.differentiate_rows(logits, targets, losses, 1.0, True)
+        else:
+            norm_triton.norm_backward(x, x, x, weight, rstd, True)
+            rotary_triton.rotate(heads, heads, *tables, True)
+            swiglu_triton.swiglu_backward(x, x, x)
+    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+
+
 def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[..., dict], tuple]]:
     """What tells a configuration from the others, what compiles it, and its arguments after the capability."""
     if arguments.operation == "lora":
@@ -157,6 +191,8 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callabl
         compile_operation, letter, sizes, kinds = compile_attention, "D", arguments.head_dim, arguments.mask
     elif arguments.operation == "contrastive":
         compile_operation, letter, sizes, kinds = compile_contrastive, "M", arguments.num_keys, arguments.terms
+    elif arguments.operation == "fusions":
+        compile_operation, letter, sizes, kinds = compile_fusions, "E", arguments.size, ["forward", "backward"]
     else:
         compile_operation, letter, sizes, kinds = compile_pooling, "E", arguments.hidden_size, arguments.norm
     for dtype, size, kind in itertools.product(arguments.dtype, sizes, kinds):
@@ -192,7 +228,7 @@ def resources(kernel) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    operations = ["attention", "contrastive", "pooling", "lora"]
+    operations = ["attention", "contrastive", "pooling", "lora", "fusions"]
     parser.add_argument("--operation", default="attention", choices=operations)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
@@ -202,6 +238,7 @@ def main() -> None:
     parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"], help="contrastive")
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling")
     parser.add_argument("--norm", nargs="+", default=["none", "rms"], choices=["none", "rms"], help="pooling")
+    parser.add_argument("--size", type=int, nargs="+", default=[64, 576, 2048, 4096, 8192], help="fusions")
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}

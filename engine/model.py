@@ -10,28 +10,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.norm import add_rms_norm, rms_norm
+from ..kernels.rotary import apply_rotary
+from ..kernels.swiglu import swiglu
 from .config import ModelConfig, Window
 from .ops import attention
 from .packing import PackedBatch
 
 LAYER_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd: it reaches every 64-bit number; as a signed one
-
-
-def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32 and rounded once."""
-    x = hidden_states.float()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * weight.float()).to(hidden_states.dtype)
-
-
-def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of each head `(T, H, D)` by the angles of `cos`, `sin` `(T, D / 2)`, float32 inside."""
-    first, second = heads.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
 
 
 def project(hidden_states: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -49,8 +37,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.eps)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `hidden_states`; with a residual the sum of the two and the norm of the sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.eps)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -82,7 +75,7 @@ class Attention(nn.Module):
         query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projections)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query, key = apply_rotary(query, key, cos, sin)
         attended = attention(
             query, key, value, batch, window, backend, dropout_p=dropout_p, future_p=future_p, seeds=seeds
         )
@@ -98,7 +91,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -110,8 +103,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *attention_arguments) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *attention_arguments)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = self.self_attn(self.input_layernorm(hidden_states), *attention_arguments)
+        hidden_states, normed = self.post_attention_layernorm(attended, hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class LlamaModel(nn.Module):

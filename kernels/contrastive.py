@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import describe, require
 from .contrastive_chunks import column_log_sum_exp, gradient_dtype, loss_and_gradients
 from .contrastive_gather import combine_columns, gather_keys, shapes_by_rank
 from .pooling import PoolingMode, pool
@@ -125,7 +126,7 @@ def contrastive_loss(
     elif symmetric:
         counts = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
         counts.scatter_add_(0, targets, torch.ones_like(targets))
-        _require((counts <= 1).all(), "targets must be unique when symmetric, got one twice")
+        require((counts <= 1).all(), "targets must be unique when symmetric, got one twice")
     if process_group is not None:
         rank = dist.get_rank(process_group)
         if rank < 0:
@@ -208,28 +209,15 @@ def _positives_columns(queries, keys, targets, groups, temperature, normalize, p
     return column_lse.masked_fill(~is_positive, math.inf)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _require(condition: Tensor, message: str) -> None:
-    """ValueError unless `condition` holds; on a device, for which nothing waits, and while compiling an assertion."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not condition:
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition, message)
-
-
 def _check_rows(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
     if queries.dim() != 2 or queries.shape[0] == 0 or queries.shape[1] == 0:
-        raise ValueError(f"queries must be (num_queries, embedding_size), both at least 1, got {_describe(queries)}")
+        raise ValueError(f"queries must be (num_queries, embedding_size), both at least 1, got {describe(queries)}")
     if queries.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"queries must be bfloat16, float16 or float32, got {_describe(queries)}")
+        raise ValueError(f"queries must be bfloat16, float16 or float32, got {describe(queries)}")
     if keys.dim() != 2 or keys.shape[0] == 0 or keys.shape[1] != queries.shape[1]:
-        raise ValueError(f"keys must be (num_keys, {queries.shape[1]}) like queries, got {_describe(keys)}")
+        raise ValueError(f"keys must be (num_keys, {queries.shape[1]}) like queries, got {describe(keys)}")
     if keys.dtype != queries.dtype:
-        raise ValueError(f"keys must have queries' dtype {_describe(queries)}, got {_describe(keys)}")
+        raise ValueError(f"keys must have queries' dtype {describe(queries)}, got {describe(keys)}")
     if keys.device != queries.device:
         raise ValueError(f"keys must be on queries' device {queries.device}, got {keys.device}")
     num_queries, num_keys = queries.shape[0], keys.shape[0]
@@ -238,12 +226,10 @@ def _check_rows(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
             raise ValueError(f"keys must have {num_queries} rows or more unless targets are given, got {num_keys}")
         return
     if targets.dtype != torch.int64 or targets.shape != (num_queries,):
-        raise ValueError(f"targets must be int64 of shape ({num_queries},), got {_describe(targets)}")
+        raise ValueError(f"targets must be int64 of shape ({num_queries},), got {describe(targets)}")
     if targets.device != queries.device:
         raise ValueError(f"targets must be on queries' device {queries.device}, got {targets.device}")
-    _require(
-        ((targets >= 0) & (targets < num_keys)).all(), f"targets must be from 0 to {num_keys - 1}, got one outside"
-    )
+    require(((targets >= 0) & (targets < num_keys)).all(), f"targets must be from 0 to {num_keys - 1}, got one outside")
 
 
 def _check_temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
@@ -255,11 +241,11 @@ def _check_temperature(temperature: float | Tensor, device: torch.device) -> Ten
             raise ValueError(f"temperature must be finite and above 0, got {temperature}")
         return torch.full((), temperature, dtype=torch.float32, device=device)
     if temperature.numel() != 1 or not temperature.is_floating_point():
-        raise ValueError(f"temperature must be one floating-point element, got {_describe(temperature)}")
+        raise ValueError(f"temperature must be one floating-point element, got {describe(temperature)}")
     if temperature.device != device:
         raise ValueError(f"temperature must be on queries' device {device}, got {temperature.device}")
     if device.type == "cpu":
-        _require((temperature > 0).all(), "temperature must be above 0, got a tensor that is not")
+        require((temperature > 0).all(), "temperature must be above 0, got a tensor that is not")
     return temperature.reshape(()).float()
 
 
@@ -267,10 +253,10 @@ def _check_groups(groups: Tensor | None, keys: Tensor) -> None:
     if groups is None:
         return
     if groups.dtype != torch.int64 or groups.shape != keys.shape[:1]:
-        raise ValueError(f"groups must be int64 of shape ({keys.shape[0]},), got {_describe(groups)}")
+        raise ValueError(f"groups must be int64 of shape ({keys.shape[0]},), got {describe(groups)}")
     if groups.device != keys.device:
         raise ValueError(f"groups must be on queries' device {keys.device}, got {groups.device}")
-    _require((groups >= 0).all(), "groups must be at least 0, got one below")
+    require((groups >= 0).all(), "groups must be at least 0, got one below")
 
 
 def _check_ranks(queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import accumulate, multiply
 from .ragged import INTERPRETED, narrow
 
 # float32 logits held at a time: each CUDA chunk adds into all M key gradients once, so few chunks; a CPU has caches
@@ -277,7 +278,7 @@ def column_log_sum_exp(
     for start in range(0, queries.shape[0], step):
         unit_queries, _ = _unit_rows(queries[start : start + step], normalize, dtype)
         logits = buffer[: unit_queries.shape[0]]
-        _multiply(unit_queries, unit_keys.T, logits)
+        multiply(unit_queries, unit_keys.T, logits)
         add_columns(logits, targets[start : start + step], groups, column_lse, temperature)
     return column_lse
 
@@ -324,14 +325,14 @@ def loss_and_gradients(
         rows = unit_queries.shape[0]
         logits = logits_buffer[:rows]
         gradient = None if gradient_buffer is None else gradient_buffer[:rows]
-        _multiply(unit_queries, unit_keys.T, logits)
+        multiply(unit_queries, unit_keys.T, logits)
         differentiate_rows(
             logits, gradient, targets[chunk], groups, column_lse, temperature, losses[chunk], dots[chunk], scale
         )
         if gradient is not None and rows_buffer is not None:
-            _multiply(gradient, unit_keys, rows_buffer[:rows])
+            multiply(gradient, unit_keys, rows_buffer[:rows])
             grad_queries[chunk] = _before_normalization(rows_buffer[:rows].mul_(factor), unit_queries, query_scales)
-            _accumulate(grad_keys, gradient.T, unit_queries)
+            accumulate(grad_keys, gradient.T, unit_queries)
 
     grad_temperature = dots.sum() * (-weight / temperature)
     loss = losses.sum() * weight
@@ -368,23 +369,3 @@ def _before_normalization(gradient: Tensor, unit_rows: Tensor, scales: Tensor | 
         return gradient
     along = (gradient * unit_rows).sum(1, keepdim=True)
     return gradient.sub_(unit_rows * along).mul_(scales)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """float32 `out` = a @ b, accumulated in float32."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-    else:
-        torch.mm(a.float(), b.float(), out=out)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """float32 `total` += a @ b."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())

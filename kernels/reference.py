@@ -1,7 +1,8 @@
 """The specification: each operation of `kernels/` in eager PyTorch, with the same name, signature and random masks.
 
 Slow, exact in any floating-point dtype, differentiable by autograd. `T` packed tokens, `S` sequences, `H` query heads,
-`G` key/value heads, `D` head dimension; `N` queries, `M` keys, `E` embedding size.
+`G` key/value heads, `D` head dimension; `N` queries, `M` keys, `E` embedding size, `V`
+vocabulary.
 """
 
 import itertools
@@ -147,6 +148,42 @@ def contrastive_loss(
             loss = (loss + F.cross_entropy(scores[:, targets].T, diagonal)) / 2
         losses.append(loss)
     return torch.stack(losses).mean()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension; (..., E), (E,) -> (..., E)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and its `rms_norm`; (..., E), (..., E), (E,) -> two of (..., E)."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of each head turned by the angles of cos and sin (T, D / 2); (T, H, D), (T, G, D) -> the same."""
+    turned = []
+    for heads in (query, key):
+        first, second = heads.to(cos.dtype).chunk(2, dim=-1)
+        c, s = cos[:, None], sin[:, None]
+        turned.append(torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(heads.dtype))
+    return turned[0], turned[1]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of hidden[rows] @ weight.T against targets; (T, E), (V, E), (N,) -> scalar."""
+    logits = F.linear(hidden if rows is None else hidden[rows], weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 def _uniform(seed: Tensor, length: int, num_heads: int, stream: int) -> Tensor:
