@@ -101,8 +101,8 @@ def contrastive_loss(
     temperature      above zero; a tensor of one element gets its gradient
     normalize        divide queries and keys by their L2 norms first
     symmetric        average with the loss of finding each positive's query among all queries; needs unique targets
-    groups           int64 (M,), at least 0: keys of the same group as a query's positive are no negatives of it and
-                     are masked, the positive itself never
+    groups           int64 (M,), at least -1: keys of the same group as a query's positive are no negatives of it and
+                     are masked, the positive itself never. Keys of group -1 are padding, nobody's negatives
     dims             Matryoshka sizes (Kusupati et al., arXiv 2205.13147): the mean of the losses of the leading
                      dimensions, each truncated before it is normalised
     process_group    negatives from every rank. Each rank gives as many queries and keys as the others, `targets`
@@ -256,7 +256,7 @@ def _check_groups(groups: Tensor | None, keys: Tensor) -> None:
         raise ValueError(f"groups must be int64 of shape ({keys.shape[0]},), got {describe(groups)}")
     if groups.device != keys.device:
         raise ValueError(f"groups must be on queries' device {keys.device}, got {groups.device}")
-    require((groups >= 0).all(), "groups must be at least 0, got one below")
+    require((groups >= -1).all(), "groups must be at least 0, or -1 for padding, got one below")
 
 
 def _check_ranks(queries: Tensor, keys: Tensor, groups: Tensor | None, process_group: dist.ProcessGroup) -> None:
@@ -265,7 +265,7 @@ def _check_ranks(queries: Tensor, keys: Tensor, groups: Tensor | None, process_g
     came = "others"
     if shapes.device.type == "cpu" and not torch.compiler.is_compiling():
         came = f"(queries, keys, bytes of a key and its group) {shapes.tolist()}"
-    _require(
+    require(
         (shapes == shapes[:1]).all(),
         f"queries, keys and groups must have the same shapes and dtypes on every rank of process_group, got {came}",
     )

@@ -29,10 +29,10 @@ MASKED = tl.constexpr(-1e30)
 
 @triton.jit
 def _mask_scores(scores, columns, targets, in_range, groups_ptr, target_groups, num_keys, HAS_GROUPS: tl.constexpr):
-    """Scores with the false negatives, keys of the positive's group that are not the positive, masked."""
+    """Scores with the false negatives masked, keys of the positive's group that are not the positive, and padding."""
     if HAS_GROUPS:
         groups = tl.load(groups_ptr + columns, mask=columns < num_keys, other=-1)
-        in_range = in_range & ((groups != target_groups) | (columns == targets))
+        in_range = in_range & (((groups != target_groups) & (groups >= 0)) | (columns == targets))
     return tl.where(in_range, scores, MASKED)
 
 
@@ -217,9 +217,9 @@ def runs_kernel(device: torch.device) -> bool:
 def _eager_scores(logits: Tensor, targets: Tensor, groups: Tensor | None, temperature: Tensor) -> Tensor:
     scores = logits.div_(temperature)
     if groups is not None:
-        false_negatives = groups[None, :] == groups[targets][:, None]
-        false_negatives.scatter_(1, targets[:, None], False)
-        scores.masked_fill_(false_negatives, MASKED.value)
+        masked = (groups[None, :] == groups[targets][:, None]) | (groups < 0)[None, :]
+        masked.scatter_(1, targets[:, None], False)
+        scores.masked_fill_(masked, MASKED.value)
     return scores
 
 

@@ -139,9 +139,9 @@ def contrastive_loss(
         scores = rows @ columns.T
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
         if groups is not None:
-            false_negative = groups[None, :] == groups[targets][:, None]
-            false_negative &= torch.arange(num_keys, device=keys.device) != targets[:, None]
-            scores = scores.masked_fill(false_negative, float("-inf"))
+            masked = (groups[None, :] == groups[targets][:, None]) | (groups < 0)[None, :]
+            masked &= torch.arange(num_keys, device=keys.device) != targets[:, None]
+            scores = scores.masked_fill(masked, float("-inf"))
         loss = F.cross_entropy(scores, targets)
         if symmetric:
             diagonal = torch.arange(num_queries, device=queries.device)

@@ -10,6 +10,7 @@ import torch
 
 from ..engine.tokens import Tokenized
 from ..kernels.contrastive import contrastive_loss
+from ..kernels.contrastive_gather import gather_keys
 from ..kernels.pooling import pool
 from .batches import Order
 from .data import PairData, TextData
@@ -28,7 +29,7 @@ class Pairs(NamedTuple):
 
     sequences: list[Tokenized]
     num_queries: int
-    groups: list[int]  # of the keys
+    groups: list[int]  # of the keys, then -1 for each key that another process has more
     identities: np.ndarray  # of the sequences
 
 
@@ -66,7 +67,10 @@ class RowPairs:
         share = self.processes.share(len(rows))
         own = np.asarray(rows[share], dtype=np.int64)
         tokens = self.data.tokens(dataset, rows, share=share)
-        num_negatives = [len(row.negatives) for row in self.data.rows(dataset, rows[share])]
+        counts = np.array([len(row.negatives) for row in self.data.rows(dataset, rows)])
+        most = max(counts[part].sum() for part in self.processes.shares(len(rows)))
+        num_negatives = counts[share]
+        groups = [*tokens.groups, *[-1] * (most - num_negatives.sum())]
         identities = [identify(dataset, own, 0), identify(dataset, own, 1)]
         identities += [
             identify(dataset, np.full(count, row), 2 + np.arange(count))
@@ -117,13 +121,14 @@ class Contrastive:
         places = torch.tensor([place for slab in slabs for place in slab.places], device=parts[0].device)
         joined = torch.cat(parts)
         vectors = torch.empty_like(joined).index_copy_(0, places, joined)
-        queries, keys = vectors[: pairs.num_queries], vectors[pairs.num_queries :]
         loss = self._loss(vectors, pairs).item() * self.processes.world_size
-        normalized = torch.nn.functional.normalize(keys, dim=-1)
-        nearest = (torch.nn.functional.normalize(queries, dim=-1) @ normalized.T).argmax(dim=-1)
-        groups = torch.tensor(pairs.groups, device=nearest.device)
-        correct = (groups[nearest] == groups[: len(queries)]).sum().item()
-        return {"loss": loss * len(queries), "correct": correct, "count": len(queries)}
+        queries, keys, groups = self._split(vectors, pairs)
+        own = groups[: len(queries)]
+        if self.processes.group is not None:
+            keys, groups = gather_keys(keys, groups, self.processes.group)
+        scores = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).T
+        nearest = scores.masked_fill(groups < 0, -torch.inf).argmax(dim=-1)
+        return {"loss": loss * len(queries), "correct": (groups[nearest] == own).sum().item(), "count": len(queries)}
 
     def _vectors(self, slab: Slab, mask: MaskNow, step: int, identities: np.ndarray, *, dropout: bool) -> torch.Tensor:
         """One vector of each of the slab's sequences, float32 (S, E)."""
@@ -142,16 +147,23 @@ class Contrastive:
     def _loss(self, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """This process's part of the mean loss over all queries."""
         settings, processes = self.settings, self.processes
+        queries, keys, groups = self._split(vectors, pairs)
         loss = contrastive_loss(
-            vectors[: pairs.num_queries],
-            vectors[pairs.num_queries :],
+            queries,
+            keys,
             temperature=settings.temperature,
             symmetric=settings.symmetric,
-            groups=torch.tensor(pairs.groups, device=vectors.device),
+            groups=groups,
             dims=settings.dims or None,
             process_group=processes.group,
         )
         return loss / processes.world_size
+
+    def _split(self, vectors: torch.Tensor, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (N, E), keys (M, E) and their groups (M,), as many keys as in every process."""
+        num_padding = pairs.num_queries + len(pairs.groups) - len(vectors)
+        keys = torch.nn.functional.pad(vectors[pairs.num_queries :], (0, 0, 0, num_padding))
+        return vectors[: pairs.num_queries], keys, torch.tensor(pairs.groups, device=vectors.device)
 
 
 def _require_negatives(groups: list[int], step: int) -> None:

@@ -1,5 +1,6 @@
 """The processes of a run: who takes which rows, and sums over all of them. One process needs no collective."""
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -19,7 +20,12 @@ class Processes:
 
     def share(self, count: int) -> slice:
         """This process's contiguous part of `count` rows; parts differ by one row at most."""
-        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[slice]:
+        """Every process's part, in order of rank."""
+        bounds = [count * rank // self.world_size for rank in range(self.world_size + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, float64."""

@@ -212,6 +212,28 @@ def test_pooled(place, gradients):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_padding_is_nobodys_negative(place, symmetric):
+    """Keys of group -1 change neither the loss nor a gradient, and get none."""
+    queries, keys, targets, groups = example(place)
+    padding = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    padding[targets] = False
+    padding &= groups % 2 == 0
+    assert padding.any()
+    new_place = (~padding).cumsum(0) - 1
+    expected = contrastive_loss(
+        queries, keys[~padding], targets=new_place[targets], groups=groups[~padding], symmetric=symmetric
+    )
+    keys.requires_grad_()
+    loss = contrastive_loss(
+        queries, keys, targets=targets, groups=groups.masked_fill(padding, -1), symmetric=symmetric
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert keys.grad[padding].abs().max() == 0
+    assert keys.grad[~padding].abs().max() > 0
+
+
 @pytest.mark.parametrize("num_queries", [0, 3, 2.0])
 def test_pooled_needs_queries_and_keys(num_queries):
     cu_seqlens = torch.tensor([0, 2, 3, 4], dtype=torch.int32)
@@ -424,7 +446,7 @@ def changed(name, value):
         ("groups", lambda g: g.int(), r"groups must be int64 of shape \(6,\), got int32 \(6,\)"),
         ("groups", lambda g: g[1:], r"groups must be int64 of shape \(6,\), got int64 \(5,\)"),
         ("groups", lambda g: g.to("meta"), "groups must be on queries' device cpu, got meta"),
-        ("groups", lambda g: g - 9, "groups must be at least 0, got one below"),
+        ("groups", lambda g: g - 9, "groups must be at least 0, or -1 for padding, got one below"),
         ("temperature", lambda _: 0, "temperature must be finite and above 0, got 0"),
         ("temperature", lambda _: -0.1, "temperature must be finite and above 0, got -0.1"),
         ("temperature", lambda _: float("nan"), "temperature must be finite and above 0, got nan"),
