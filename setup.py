@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 # each layer stands in a top-level folder and is linked into the package, so that only `bivec` is ever installed
-LAYERS = ("kernels", "engine", "serving", "benchmarks")
+LAYERS = ("kernels", "engine", "training", "serving", "benchmarks")
 
 setup(
     name="bivec",

@@ -19,7 +19,7 @@ from .model import LanguageModel, LlamaModel
 from .packing import PackedBatch, pack
 from .runner import Runner
 from .selftest import check_mask
-from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer
+from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
 from .weights import checkpoint_files, encoder_name, language_model_name, load_weights
 
 Precision = Literal["float32", "float16", "int8"]
@@ -303,7 +303,7 @@ class Encoder:
             ):
                 instruction, text = sentence
                 texts.append(text)
-                prompts.append(instruction + " " if instruction and not instruction[-1].isspace() else instruction)
+                prompts.append(as_prompt(instruction))
             else:
                 raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
         return texts, prompts

@@ -87,6 +87,14 @@ def read_file(file: InputFile, columns: Sequence[Column]) -> Iterator[FileRow | 
         yield BadRow(path, line + 1 if line else None, reason, rest_lost=True)
 
 
+def column_names(file: InputFile) -> list[str]:
+    """The file's columns, for JSONL the keys of its first object; none if that cannot be told: `read_file` says why."""
+    try:
+        return NAMES[file.format](file)
+    except (_Unreadable, OSError, EOFError, zlib.error):
+        return []
+
+
 def text_fault(value: Any, what: str = "text") -> str | None:
     """Why `value` is no text that a model can take, or None."""
     if type(value) is not str:
@@ -95,14 +103,15 @@ def text_fault(value: Any, what: str = "text") -> str | None:
         return f"the {what} is empty"
     if value.isspace():
         return f"the {what} is only whitespace"
-    return None if value.isascii() else _surrogate_fault(what, value)
+    return _surrogate_fault(what, value)
 
 
 def _first_fault(columns: Sequence[Column], values: Sequence[Any]) -> str | None:
     for column, value in zip(columns, values, strict=True):
-        if value is None and not column.required:
+        _, what, kind, required = column
+        if value is None and not required:
             continue
-        reason = text_fault(value, column.what) if column.kind == "text" else _fault(value, column)
+        reason = text_fault(value, what) if kind == "text" else _fault(value, column)
         if reason is not None:
             return reason
     return None
@@ -138,6 +147,8 @@ def _type_fault(what: str, wanted: str, value: Any) -> str:
 
 
 def _surrogate_fault(what: str, value: str) -> str | None:
+    if value.isascii():
+        return None
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -232,6 +243,14 @@ def _read_jsonl(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]
             yield number, [row.get(column.name) for column in columns]
 
 
+def _jsonl_names(file: InputFile) -> list[str]:
+    for _, line in _lines(file):
+        if isinstance(line, _Fault) or line.strip():
+            row = line if isinstance(line, _Fault) else _json_object(line)
+            return [] if isinstance(row, _Fault) else list(row)
+    return []
+
+
 def _json_object(line: bytes) -> dict[str, Any] | _Fault:
     torn = "" if line.endswith(b"\n") else "truncated last line? "
     text = _decoded(line)
@@ -246,14 +265,6 @@ def _json_object(line: bytes) -> dict[str, Any] | _Fault:
     except RecursionError:
         return _Fault("invalid JSON: nested too deeply")
     return row if isinstance(row, dict) else _Fault(f"a row must be a JSON object, got {type(row).__name__}")
-
-
-def csv_header(file: InputFile) -> list[str]:
-    """The names of a CSV's columns; none if it is empty or its header cannot be read, which `read_file` explains."""
-    try:
-        return _csv_reader(file)[1]
-    except _Unreadable:
-        return []
 
 
 def _csv_reader(file: InputFile) -> tuple[Any, list[str]]:
@@ -332,6 +343,16 @@ def _read_parquet(file: InputFile, columns: Sequence[Column]) -> Iterator[_Recor
         raise _Unreadable("the file is empty" if empty else f"the file cannot be read: {error}") from error
 
 
+def _parquet_names(file: InputFile) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file.path).names
+    except pa.ArrowException:
+        return []
+
+
 def _check_type(file: InputFile, column: Column, found: Any) -> None:
     import pyarrow as pa
 
@@ -382,4 +403,10 @@ FORMATS: dict[str, Callable[[InputFile, Sequence[Column]], Iterator[_Record]]] =
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
+}
+NAMES: dict[str, Callable[[InputFile], list[str]]] = {
+    "txt": lambda file: [],
+    "jsonl": _jsonl_names,
+    "csv": lambda file: _csv_reader(file)[1],
+    "parquet": _parquet_names,
 }

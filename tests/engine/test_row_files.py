@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bivec.engine import row_files
 from bivec.engine.input_files import find_files
-from bivec.engine.row_files import BadRow, Column, FileRow, csv_header, read_file
+from bivec.engine.row_files import BadRow, Column, FileRow, column_names, read_file
 
 TEXT, ID = Column("text"), Column("id", "id", "id")
 
@@ -435,13 +435,29 @@ def test_a_value_that_is_not_required_may_be_absent(tmp_path):
     assert [tuple(row.values) for row in rows] == [("x", None), ("y", None)]
 
 
-def test_csv_header(tmp_path):
-    def header(content: bytes) -> list[str]:
-        return csv_header(*find_files([write(tmp_path / "a.csv", content)]))
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("a.csv", b'\xef\xbb\xbf\n"a ""b""",c\n1,2\n', ['a "b"', "c"]),
+        ("a.jsonl", b'\n \n{"b": 1, "a": 2}\n{"c": 1}\n', ["b", "a"]),
+        ("a.txt", b"text\n", []),
+        ("a.csv", b"", []),
+        ("a.csv", b'"a', []),
+        ("a.jsonl", b"\n", []),
+        ("a.jsonl", b"{\n", []),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-4], []),
+        ("a.parquet", b"PAR1", []),
+    ],
+)
+def test_column_names_or_none_where_they_cannot_be_told(tmp_path, name, content, names):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert column_names(*find_files([path])) == names
 
-    assert header(b'\xef\xbb\xbf\n"a ""b""",c\n1,2\n') == ['a "b"', "c"]
-    assert header(b"") == []
-    assert header(b'"a') == []
+
+def test_column_names_of_parquet(tmp_path):
+    path = table(tmp_path / "a.parquet", b=pa.array(["x"]), a=pa.array([["y"]]))
+    assert column_names(*find_files([path])) == ["b", "a"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv"])

@@ -1,0 +1,1 @@
+"""Training stages: data, objectives and their loop."""
