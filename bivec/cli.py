@@ -241,7 +241,7 @@ def _one_line_errors() -> Iterator[None]:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        from .serving.readers import RowError
+        from .engine.row_files import RowError
 
         _exit(str(error), 1 if isinstance(error, RowError) else 2)
     finally:

@@ -63,6 +63,11 @@ class TextTokenizer:
         )
 
 
+def as_prompt(instruction: str) -> str:
+    """What stands before a text: the instruction and, as in LLM2Vec, a space unless it ends with white space."""
+    return instruction + " " if instruction and not instruction[-1].isspace() else instruction
+
+
 def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a local checkpoint folder.
 

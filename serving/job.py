@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from .readers import BadRow, Row, RowError, check_rows, find_files, read_rows
+from ..engine.input_files import find_files
+from ..engine.row_files import BadRow, RowError
+from .readers import Row, check_rows, read_rows
 from .writers import EmbeddingOutput
 
 # texts are packed by length within a window, so it is large; long texts end it earlier, so that memory stays flat

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from .formats import InputFile
-from .readers import BadRow
+from ..engine.row_files import BadRow, InputFile
 
 ROWS_PER_SHARD = 100_000
 _SHARD = re.compile(r"part-\d{5,}\.parquet")

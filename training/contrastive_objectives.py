@@ -76,7 +76,7 @@ class RowPairs:
             identify(dataset, np.full(count, row), 2 + np.arange(count))
             for row, count in zip(own, num_negatives, strict=True)
         ]
-        return Pairs([*tokens.queries, *tokens.keys], len(tokens.queries), tokens.groups, np.concatenate(identities))
+        return Pairs([*tokens.queries, *tokens.keys], len(tokens.queries), groups, np.concatenate(identities))
 
 
 class Contrastive:

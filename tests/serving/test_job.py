@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bivec.engine.row_files import RowError
 from bivec.serving import job
 from bivec.serving.job import EmbedSettings, run
-from bivec.serving.readers import RowError
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bivec.engine.input_files import find_files
+from bivec.engine.row_files import BadRow
 from bivec.serving import writers
-from bivec.serving.readers import BadRow, find_files
 from bivec.serving.writers import EmbeddingOutput
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from bivec.engine.tokens import TextTokenizer, load_tokenizer
 from bivec.training import STAGES
 from bivec.training.mask_schedule import MaskSchedule
 from bivec.training.passes import Passes
@@ -24,6 +25,25 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     while len(found) < count:
         found[" ".join(chance.choices(WORDS, k=chance.randint(3, 14)))] = None
     return list(found)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_checkpoint, tmp_path_factory) -> TextTokenizer:
+    """A byte-level BPE that puts BOS first and cuts a text at 16 tokens."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("tokenizer"))
+    return TextTokenizer(load_tokenizer(folder, 1000), 16)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, lines) -> path, as a string, of a file that holds the lines."""
+
+    def write(name: str, *lines: str) -> str:
+        path = tmp_path / name
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write
 
 
 @pytest.fixture
