@@ -25,7 +25,7 @@ from .attention_arguments import check_chances, check_scale, check_seeds, check_
 from .philox_numpy import DROPOUT_STREAM, FUTURE_STREAM, draw_at_least
 
 HIDDEN = -1e30  # not -inf, so that padding rows that see nothing stay finite
-MAX_SCORES = 2**18  # of a part, unless one head of one sequence has more: float32 scores stay in the cache
+MAX_SCORES = 2**18  # of a part, unless one key/value head has more: float32 scores stay in the cache
 MAX_WASTE = 0.15  # the share of padding in a part's scores
 FREE_WASTE = 4096  # scores of a head that may be padding in any case: fewer cost less than another part's calls
 
@@ -275,8 +275,8 @@ def varlen_attention(
     """Attention within each packed sequence; (T, H, D), (T, G, D), (T, G, D) -> (T, H, D).
 
     Every argument is as in `bivec.kernels.attention.varlen_attention`, whose masks it draws; but any device, floating
-    dtype, head dimension and strides will do, `future_p` is a number, and a part of one head of one sequence is held
-    in memory, so that a long sequence takes some L x L matrices. On a GPU the lengths are read back.
+    dtype, head dimension and strides will do, `future_p` is a number, and the scores of at least one key/value head of
+    a sequence are held at a time, `H / G` matrices of its length squared. On a GPU the lengths are read back.
 
     Differentiable, once. Raises ValueError for arguments that break these rules.
     """
