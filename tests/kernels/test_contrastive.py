@@ -225,9 +225,7 @@ def test_padding_is_nobodys_negative(place, symmetric):
         queries, keys[~padding], targets=new_place[targets], groups=groups[~padding], symmetric=symmetric
     )
     keys.requires_grad_()
-    loss = contrastive_loss(
-        queries, keys, targets=targets, groups=groups.masked_fill(padding, -1), symmetric=symmetric
-    )
+    loss = contrastive_loss(queries, keys, targets=targets, groups=groups.masked_fill(padding, -1), symmetric=symmetric)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     assert keys.grad[padding].abs().max() == 0

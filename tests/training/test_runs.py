@@ -134,9 +134,7 @@ def test_pretraining_leaves_a_checkpoint_of_its_own(make_settings, tmp_path, tin
         assert (encoder.language_model()(PackedBatch.from_sequences([ids])) - logits).abs().max() < 1e-4
     bidirectional = Encoder.from_pretrained(settings.output, dtype="float32", device="cpu", window=(-1, -1))
     assert abs(bidirectional.encode(TEXTS) - encoder.encode(TEXTS)).max() > 1e-4
-    train(
-        make_settings("mntp", model=settings.output, mask_token="x", max_steps=1, output=str(tmp_path / "on top"))
-    )
+    train(make_settings("mntp", model=settings.output, mask_token="x", max_steps=1, output=str(tmp_path / "on top")))
     on_top = Encoder.from_pretrained(tmp_path / "on top", dtype="float32")
     assert on_top.windows == on_top.config.bidirectional_windows
     assert on_top.checkpoint.run.base_model == settings.output

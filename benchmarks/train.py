@@ -1,0 +1,251 @@
+"""A LoRA training step, SimCSE and supervised, against transformers + PEFT: tokens/s and peak memory beyond the weights.
+
+    python -m bivec.benchmarks.train --output train.json
+    python -m bivec.benchmarks.train --shape 1B --batch-size 512 --device cuda
+    python -m bivec.benchmarks.train --quick --device cpu
+
+A step is forward, loss, backward and AdamW over the same texts in the same dtype. The peer runs in two ways: `padded`,
+each column of the batch (queries, positives, negatives) in random order and padded to its longest text, as
+sentence-transformers and LLM2Vec do; and `grouped`, all texts of the step sorted by length in small padded batches
+whose size is the fastest of those tried. Its adapters are in the base's dtype, which is faster for it than PEFT's
+default. Tokens are those of the texts; padding counts for nothing. `first_loss` is the untrained adapter's: without
+attention dropout it is the same number for all.
+"""
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+from ..training.optimizer import Optimizer
+from ..training.passes import Passes
+from ..training.processes import Processes
+from ..training.settings import SimcseSettings, SupervisedSettings, TrainingSettings
+from ..training.stages import make_stage
+from ..training.trainee import load_trainee
+from ..training.mask_schedule import MaskSchedule
+from .embed import choose_texts
+from .machine import describe_machine, other_cpu_seconds
+from .shapes import SHAPES, write_checkpoint
+from .texts import DATA, token_counts
+from .timing import argument_parser, measure, ratio, report
+
+GROUPS = (8, 16, 32)  # rows of the peer's batches of similar length
+ATTENTION_DROPOUT = {"simcse": 0.3, "supervised": 0.0}
+LORA_DROPOUT = 0.05
+
+
+def make_settings(stage: str, folder: str, texts: Sequence[str], **changes) -> TrainingSettings:
+    """Settings whose one batch is all of the texts: pairs of a text and itself, or rows of three texts."""
+    path = Path(folder, f"{stage}.jsonl")
+    rows: list[dict] = [{"text": text} for text in texts]
+    if stage == "supervised":
+        columns = [texts[place::3][: len(texts) // 3] for place in range(3)]
+        rows = [{"query": q, "positive": p, "negatives": [n]} for q, p, n in zip(*columns, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kind = SimcseSettings if stage == "simcse" else SupervisedSettings
+    return kind(
+        model=folder,
+        data=[str(path)],
+        output=str(Path(folder, "run")),
+        batch_size=len(rows),
+        attention_dropout=ATTENTION_DROPOUT[stage],
+        lora_dropout=LORA_DROPOUT,
+        warmup_steps=0,
+        **changes,
+    )
+
+
+class BivecStep:
+    """A step of bivec's own training loop, without its log and checkpoints."""
+
+    def __init__(self, settings: TrainingSettings, device: torch.device, token_budget: int):
+        trainee = load_trainee(settings, device)
+        self.passes = Passes(
+            trainee,
+            token_budget=token_budget,
+            attention_dropout=settings.attention_dropout,
+            checkpoint_activations=False,
+            seed=settings.seed,
+        )
+        self.objective = make_stage(settings, self.passes, Processes(Accelerator(cpu=device.type == "cpu"))).objective
+        self.optimizer = Optimizer(trainee.parameters, settings)
+        self.mask = MaskSchedule("bidirectional", 1, settings.max_length, trainee.config)(0)
+        self.first_loss: float | None = None
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        losses = self.objective.train(0, self.mask)
+        self.optimizer.step()
+        if self.first_loss is None:
+            self.first_loss = losses["loss"].item()
+
+
+class PeerStep:
+    """The same step in transformers and PEFT.
+
+    Args:
+        columns: token ids of the texts of each column, the queries first.
+        group: rows of a batch of similar length; None for a batch a column, in random order.
+    """
+
+    def __init__(self, settings: SimcseSettings | SupervisedSettings, columns, dtype, device, group: int | None):
+        import transformers
+
+        model = transformers.AutoModel.from_pretrained(settings.model, dtype=dtype, attn_implementation="sdpa")
+        model.config.attention_dropout = settings.attention_dropout
+        for layer in model.layers:
+            layer.self_attn.attention_dropout = settings.attention_dropout
+        config = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.target_modules,
+        )
+        self.model = get_peft_model(model, config, autocast_adapter_dtype=False).to(device).train()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.parameters = parameters
+        self.temperature = settings.temperature
+        self.device = device
+        self.num_queries = len(columns[0])
+        sequences = [ids for column in columns for ids in column]
+        order = list(range(len(sequences)))
+        if group is None:
+            sizes = [len(column) for column in columns]
+            starts = [sum(sizes[:place]) for place in range(len(sizes))]
+            self.batches = [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        else:
+            order.sort(key=lambda place: len(sequences[place]))
+            self.batches = [order[start : start + group] for start in range(0, len(order), group)]
+        self.padded = [self._pad([sequences[place] for place in batch]) for batch in self.batches]
+        self.first_loss: float | None = None
+
+    def _pad(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, sequences))
+        ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
+        mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
+        return ids.to(self.device), mask.to(self.device)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        parts = []
+        for ids, mask in self.padded:
+            states = self.model(input_ids=ids, attention_mask=mask, is_causal=False).last_hidden_state
+            weights = mask[..., None].to(states.dtype)
+            parts.append(((states * weights).sum(1) / weights.sum(1)).float())
+        places = torch.tensor([place for batch in self.batches for place in batch], device=self.device)
+        joined = torch.cat(parts)
+        vectors = F.normalize(torch.empty_like(joined).index_copy(0, places, joined), dim=-1)
+        scores = vectors[: self.num_queries] @ vectors[self.num_queries :].T / self.temperature
+        loss = F.cross_entropy(scores, torch.arange(self.num_queries, device=self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        if self.first_loss is None:
+            self.first_loss = loss.item()
+
+
+def run_stage(stage: str, folder: str, texts: list[str], dtype: str, device: torch.device, rounds: int) -> list[dict]:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    settings = make_settings(stage, folder, texts, dtype=dtype, device=str(device), max_length=512)
+    assert isinstance(settings, SimcseSettings | SupervisedSettings)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in Path(settings.data[0]).read_text(encoding="utf-8").splitlines()]
+    if stage == "simcse":
+        column_texts = [[row["text"] for row in rows]] * 2
+    else:
+        column_texts = [[row["query"] for row in rows], [row["positive"] for row in rows]]
+        column_texts.append([negative for row in rows for negative in row["negatives"]])
+    columns = [tokenizer(column, truncation=True, max_length=512)["input_ids"] for column in column_texts]
+    num_tokens = sum(len(ids) for column in columns for ids in column)
+    torch_dtype = getattr(torch, dtype)
+    ours = BivecStep(settings, device, max(num_tokens, 512))
+    candidates = {group: PeerStep(settings, columns, torch_dtype, device, group) for group in GROUPS}
+    # one of each in memory at a time would be fairer to the cache, but no faster: the best is chosen by one step
+    seconds = {group: _once(step) for group, step in candidates.items()}
+    best = min(seconds, key=seconds.__getitem__)
+    grouped = candidates.pop(best)
+    candidates.clear()
+    steps: dict[str, BivecStep | PeerStep] = {
+        "bivec": ours,
+        "transformers + PEFT, padded": PeerStep(settings, columns, torch_dtype, device, None),
+        "transformers + PEFT, grouped": grouped,
+    }
+    variants: dict[str, Callable[[], object] | str] = dict(steps)
+    timings = measure(variants, rounds=rounds, warmup=1, reverse=True, device=device, clock=time.perf_counter)
+    results = []
+    for name, timing in timings.items():
+        row = {"stage": stage, "dtype": dtype} | timing.row()
+        row |= {"tokens_per_s": num_tokens / timing.median, "first_loss": steps[name].first_loss}
+        row["group"] = best if steps[name] is grouped else None
+        if name != "bivec":
+            row["bivec_speedup"] = ratio(timing, timings["bivec"])
+        results.append(row)
+    return results
+
+
+def _once(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="135M")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
+    parser.add_argument("--data", type=Path, default=DATA, help="holds wiki/*.gz and tatoeba/*.gz")
+    parser.add_argument("--synthetic", action="store_true", help="made-up texts, which need no data")
+    parser.add_argument("--num-texts", type=int, help="texts of a step: pairs of SimCSE, three to a supervised row")
+    parser.add_argument("--stages", nargs="+", choices=list(ATTENTION_DROPOUT), default=list(ATTENTION_DROPOUT))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    shape_name = "quick" if arguments.quick else arguments.shape
+    num_texts = arguments.num_texts or (12 if arguments.quick else 48 if device.type == "cpu" else 512)
+    rounds = arguments.rounds or (2 if arguments.quick else 3 if device.type == "cpu" else 10)
+    mix, texts = choose_texts(None, arguments.data, arguments.synthetic, 2 * num_texts)
+    texts = list(dict.fromkeys(texts))[:num_texts]
+    random.Random(0).shuffle(texts)
+    start, others_before = time.perf_counter(), other_cpu_seconds()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SHAPES[shape_name], folder, texts, tokenizer=arguments.tokenizer, device=str(device))
+        from transformers import AutoTokenizer
+
+        lengths = token_counts(texts, AutoTokenizer.from_pretrained(folder), 512)[1]
+        rows = [
+            row
+            for stage in arguments.stages
+            for row in run_stage(stage, folder, texts, arguments.dtype, device, rounds)
+        ]
+    disturbance = (other_cpu_seconds() - others_before) / (time.perf_counter() - start)
+    report(
+        "train",
+        rows,
+        machine=describe_machine(device),
+        output=arguments.output,
+        shape=shape_name,
+        mix=mix,
+        tokenizer=str(arguments.tokenizer or "trained on the texts"),
+        tokens=lengths,
+        cores_busy_elsewhere=disturbance,
+    )
+    if disturbance > 0.05:
+        print(f"other processes kept {disturbance:.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Settings from recipes and the command line: what wins, what is refused and by what name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bivec.training import STAGES, read_settings
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+NEEDED = ["--model", "m", "--data", "a.txt", "--output", "run"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_command_line_wins_over_the_recipe_and_that_over_the_defaults(recipe):
+    path = recipe("stage: mntp\nmodel: base\nlearning_rate: 5e-4\nmax_steps: 7\nmask_style: all_mask\n")
+    settings = read_settings(
+        "mntp", ["--recipe", path, "--data", "a", "b", "--output", "run", "--max-steps", "9", "--lora_r", "4"]
+    )
+    assert (settings.model, settings.learning_rate, settings.max_steps, settings.lora_r) == ("base", 5e-4, 9, 4)
+    assert (settings.mask_style, settings.data, settings.batch_size) == ("all_mask", ["a", "b"], 32)
+
+
+def test_booleans_and_lists_on_the_command_line():
+    settings = read_settings(
+        "supervised", [*NEEDED, "--symmetric", "--continue-adapter", "--dims", "8", "16", "--target_modules", "q_proj"]
+    )
+    assert (settings.symmetric, settings.continue_adapter, settings.dims) == (True, True, [8, 16])
+    assert settings.target_modules == ["q_proj"]
+    assert read_settings("pretrain", [*NEEDED, "--no-full-finetuning"]).full_finetuning is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: simcse\n", "is a recipe of stage 'simcse', not of 'mntp'"),
+        ("stage: mntp\nlerning_rate: 1\n", "no field 'lerning_rate' in stage mntp"),
+        ("stage: mntp\nmax_steps: many\n", "max_steps must be a whole number, got 'many'"),
+        ("stage: mntp\nlearning_rate: fast\n", "learning_rate must be a number, got 'fast'"),
+        ("stage: mntp\ntrain_head: 1\n", "train_head must be a boolean, got 1"),
+        ("stage: mntp\ndata: a.txt\n", "data must be a list of strings, got 'a.txt'"),
+        ("- mntp\n", "must be a mapping of fields, got list"),
+        ("a: [1\n", "must be YAML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings("mntp", ["--recipe", recipe(text), "--model", "m", "--output", "run"] + (
+            [] if "data" in text else ["--data", "a.txt"]
+        ))  # fmt: skip
+
+
+def test_a_missing_recipe_and_an_unknown_stage():
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml: no such recipe"):
+        read_settings("mntp", ["--recipe=nowhere.yaml", *NEEDED])
+    with pytest.raises(ValueError, match="must be one of pretrain, mntp, simcse, supervised, got 'mlm'"):
+        read_settings("mlm", NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("mntp", ["--lora_r", "0"], "lora_r must be at least 1, got 0"),
+        ("mntp", ["--mask_probability", "0"], r"mask_probability must be in \(0, 1\], got 0.0"),
+        ("mntp", ["--block_size", "1"], "block_size must be 0 or at least 2, got 1"),
+        ("mntp", ["--token_budget", "100"], r"token_budget must be at least max_length \(512\), got 100"),
+        ("mntp", ["--resume", "--overwrite"], "resume and overwrite must not both"),
+        ("mntp", ["--full_finetuning", "--continue_adapter"], "full_finetuning and continue_adapter"),
+        ("pretrain", ["--random_weights", "--no_full_finetuning"], "random_weights needs full_finetuning"),
+        ("simcse", ["--attention_dropout", "0", "--lora_dropout", "0"], "both views are the same vector"),
+        ("simcse", ["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        ("simcse", ["--batch_size", "1"], "batch_size must be at least 2"),
+        ("simcse", ["--attention_dropout", "1"], r"attention_dropout must be in \[0, 1\), got 1.0"),
+        ("supervised", ["--seed", "-1"], r"seed must be in \[0, 2 \*\* 63\), got -1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(stage, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(stage, [*NEEDED, *arguments])
+
+
+def test_every_recipe_of_the_project_can_be_read():
+    paths = sorted(RECIPES.glob("*/*.yaml"))
+    assert len(paths) >= 15
+    for path in paths:
+        stage = yaml.safe_load(path.read_text())["stage"]
+        settings = read_settings(stage, ["--recipe", str(path), "--data", "a.txt", "--output", "run", "--model", "m"])
+        assert settings.stage == path.stem == stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_field_with_its_default(stage, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        read_settings(stage, ["--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    defaults = vars(read_settings(stage, NEEDED))
+    for name in defaults:
+        assert f"--{name}" in shown
+    assert f"(default: {defaults['batch_size']})" in shown
+    assert f"(default: {defaults['learning_rate']})" in shown
