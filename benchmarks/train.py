@@ -1,4 +1,4 @@
-"""A LoRA training step, SimCSE and supervised, against transformers + PEFT: tokens/s and peak memory beyond the weights.
+"""A LoRA training step, SimCSE and supervised, against transformers + PEFT: tokens/s, and memory beyond the weights.
 
     python -m bivec.benchmarks.train --output train.json
     python -m bivec.benchmarks.train --shape 1B --batch-size 512 --device cuda
@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
+from ..training.mask_schedule import MaskSchedule
 from ..training.optimizer import Optimizer
 from ..training.passes import Passes
 from ..training.processes import Processes
 from ..training.settings import SimcseSettings, SupervisedSettings, TrainingSettings
 from ..training.stages import make_stage
 from ..training.trainee import load_trainee
-from ..training.mask_schedule import MaskSchedule
 from .embed import choose_texts
 from .machine import describe_machine, other_cpu_seconds
 from .shapes import SHAPES, write_checkpoint

@@ -82,8 +82,8 @@ class Encoder:
         """Load a model from the hub or a folder, make it bidirectional, merge its adapters, and test its mask.
 
         Args:
-            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter of
-                one, or of a run of `bivec train`.
+            model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter
+                of one, or of a run of `bivec train`.
             adapters: further LoRA adapters, merged in this order.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
             max_length: tokens a text is cut to, special tokens included; never more than the model has positions.

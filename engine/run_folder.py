@@ -1,7 +1,7 @@
 """`bivec.json`: what a training run adds to the files of its folder, so that `--model RUN` loads all of it.
 
-A LoRA run holds PEFT's `adapter_config.json` and `adapter_model.safetensors`, copies of the adapters that lay beneath it
-in `earlier/1`, `earlier/2`, …, and names its base; a run of full fine-tuning is a checkpoint of its own.
+A LoRA run holds PEFT's `adapter_config.json` and `adapter_model.safetensors`, copies of the adapters that lay beneath
+it in `earlier/1`, `earlier/2`, …, and names its base; a run of full fine-tuning is a checkpoint of its own.
 """
 
 import json

@@ -25,7 +25,7 @@ _GENERATION = 2**16 - 1  # the part of a row that the language-model loss beside
 
 
 class Pairs(NamedTuple):
-    """One process's part of a step: the queries' sequences, then the keys', the positives in the queries' order first."""
+    """One process's part of a step: the queries' sequences, then the keys', the positives first."""
 
     sequences: list[Tokenized]
     num_queries: int

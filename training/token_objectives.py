@@ -139,7 +139,7 @@ def add_gradients(
     *,
     weight: float = 1.0,
 ) -> torch.Tensor:
-    """Add the gradients of `weight` times the mean loss over all processes' targets; returns this process's part of it."""
+    """Add the gradients of `weight` times the mean loss over all processes' targets; returns this process's part."""
     (count,) = processes.sum(len(targets.tokens))
     if count == 0:
         raise ValueError(f"step {step}: no text has a second token to predict")

@@ -15,7 +15,7 @@ from bivec.training.processes import Processes
 from bivec.training.stages import make_stage
 from bivec.training.trainee import load_trainee
 
-WORDS = "the quick brown fox jumps over lazy dog packed batch holds many sequences side by every token sees".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "batch", "holds", "many", "sequences", "sees")
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -60,7 +60,7 @@ def test_a_bad_recipe_is_refused_by_name(recipe, text, message):
 
 
 def test_a_missing_recipe_and_an_unknown_stage():
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml: no such recipe"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such recipe"):
         read_settings("mntp", ["--recipe=nowhere.yaml", *NEEDED])
     with pytest.raises(ValueError, match="must be one of pretrain, mntp, simcse, supervised, got 'mlm'"):
         read_settings("mlm", NEEDED)
