@@ -125,7 +125,9 @@ class Contrastive:
         queries, keys, groups = self._split(vectors, pairs)
         own = groups[: len(queries)]
         if self.processes.group is not None:
-            keys, groups = gather_keys(keys, groups, self.processes.group)
+            keys, gathered = gather_keys(keys, groups, self.processes.group)
+            assert gathered is not None
+            groups = gathered
         scores = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).T
         nearest = scores.masked_fill(groups < 0, -torch.inf).argmax(dim=-1)
         return {"loss": loss * len(queries), "correct": (groups[nearest] == own).sum().item(), "count": len(queries)}

@@ -1,6 +1,7 @@
 """AdamW, its learning-rate schedule, and a step that a bad gradient cannot spoil; its state as named tensors."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ class Optimizer:
         if math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
             self._adamw.step()
-        else:
-            self._adamw._opt_called = True  # the schedule goes on though nothing was updated
-        self._schedule.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a skipped first step
+            self._schedule.step()
         return value
 
     def tensors(self) -> dict[str, torch.Tensor]:

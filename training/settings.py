@@ -164,7 +164,7 @@ class PretrainSettings(TrainingSettings):
     learning_rate: float = _help("Peak learning rate of AdamW.", 3e-4)
 
     stage = "pretrain"
-    predicts_tokens = True  # type: ignore[assignment]
+    predicts_tokens = True
 
     def _check(self) -> None:
         super()._check()
@@ -187,7 +187,7 @@ class MntpSettings(TrainingSettings):
     block_size: int | None = _help("Texts are joined and cut in blocks of so many tokens; 0: a text is a row.", 512)
 
     stage = "mntp"
-    predicts_tokens = True  # type: ignore[assignment]
+    predicts_tokens = True
 
     def _check(self) -> None:
         super()._check()

@@ -48,18 +48,25 @@ def make_stage(settings: TrainingSettings, passes: Passes, processes: Processes)
         raise ValueError(
             f"batch_size must be a multiple of the {processes.world_size} processes, got {settings.batch_size}"
         )
-    make = _pair_objectives if isinstance(settings, SupervisedSettings) else _text_objectives
-    objective, fingerprint, _ = make(settings, passes, processes, settings.data, held_out=False)
+    objective, fingerprint, _ = _make_objective(settings, passes, processes, settings.data, held_out=False)
     if not settings.eval_data:
         return Stage(objective, fingerprint, None, 0)
-    evaluation, _, num_batches = make(settings, passes, processes, settings.eval_data, held_out=True)
+    evaluation, _, num_batches = _make_objective(settings, passes, processes, settings.eval_data, held_out=True)
     return Stage(objective, fingerprint, evaluation, num_batches)
 
 
-def _text_objectives(
+def _make_objective(
     settings: TrainingSettings, passes: Passes, processes: Processes, files: list[str], *, held_out: bool
 ) -> tuple[Objective, str, int]:
-    """Objective, fingerprint and number of held-out batches of a stage over texts."""
+    """Objective, its data's fingerprint, and the number of batches where they are held out."""
+    if isinstance(settings, SupervisedSettings):
+        return _pair_objective(settings, passes, processes, files, held_out)
+    return _text_objective(settings, passes, processes, files, held_out)
+
+
+def _text_objective(
+    settings: TrainingSettings, passes: Passes, processes: Processes, files: list[str], held_out: bool
+) -> tuple[Objective, str, int]:
     block_size = getattr(settings, "block_size", None) or None
     tokenizer = passes.trainee.tokenizer
     data = TextData(files, tokenizer, text_column=settings.text_column, block_size=block_size)
@@ -74,10 +81,9 @@ def _text_objectives(
     return NextTokens(passes, data, order, processes), data.fingerprint, num_batches
 
 
-def _pair_objectives(
-    settings: SupervisedSettings, passes: Passes, processes: Processes, files: list[str], *, held_out: bool
+def _pair_objective(
+    settings: SupervisedSettings, passes: Passes, processes: Processes, files: list[str], held_out: bool
 ) -> tuple[Objective, str, int]:
-    """Objective, fingerprint and number of held-out batches of a stage over pairs."""
     data = PairData(
         files,
         passes.trainee.tokenizer,
