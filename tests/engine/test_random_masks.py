@@ -142,10 +142,11 @@ def test_random_masks_need_seeds(backend):
         attention(heads, heads, heads, batch, (-1, -1), backend, dropout_p=0.1)
 
 
-def test_training_and_inference_agree(checkpoint_folders):
-    """With gradients the padded attention runs, without them SDPA over equal lengths."""
-    for name in ("llama", "mistral"):
-        model, batch = load_model(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
-        with torch.no_grad():
-            expected = model(batch)
-        torch.testing.assert_close(model(batch).detach(), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("random", [{}, {"seeds": SEEDS} | RANDOM], ids=["plain", "random"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_training_and_inference_agree(checkpoint_folders, name, random):
+    """Without random masks the one runs the padded attention and the other SDPA over equal lengths."""
+    model, batch = load_model(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
+    with torch.no_grad():
+        expected = model(batch, **random)
+    torch.testing.assert_close(model(batch, **random).detach(), expected, rtol=1e-4, atol=1e-4)
