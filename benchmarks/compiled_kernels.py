@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS))
     parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536])
     parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"])
-    parser.add_argument("--size", type=int, nargs="+", default=[64, 576, 2048, 4096, 8192])
+    parser.add_argument("--size", type=int, nargs="+", default=[576, 2048, 8192])
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}
