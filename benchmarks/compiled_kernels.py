@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"], help="contrastive")
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling")
     parser.add_argument("--norm", nargs="+", default=["none", "rms"], choices=["none", "rms"], help="pooling")
-    parser.add_argument("--size", type=int, nargs="+", default=[64, 576, 2048, 4096, 8192], help="fusions")
+    parser.add_argument("--size", type=int, nargs="+", default=[576, 2048, 8192], help="fusions")
     parser.add_argument("--write", type=Path, help="merge the figures into this table")
     arguments = parser.parse_args()
     figures: dict[str, dict] = {}

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# float32 scratch of a chunk is then 2 MB: in the last-level cache, and calls are few
-CHUNK_ELEMENTS = 2**19
+# float32 scratch of a chunk is then 1 MB: in cache, and calls are few
+CHUNK_ELEMENTS = 2**18
+# of fewer elements a matrix is worth no function of its own: eager PyTorch is faster and what it keeps is little
+SMALL = 2**18
 
 
 def rows_to_a_chunk(num_rows: int, row_size: int) -> int:
@@ -18,6 +20,10 @@ def row_chunks(num_rows: int, row_size: int) -> Iterator[slice]:
     step = rows_to_a_chunk(num_rows, row_size)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def is_small(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() <= SMALL
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import describe
-from .chunks import row_chunks, rows_to_a_chunk, wide_dtype
-
-SMALL = 2**17  # elements that are normed in less time than chunks take to set up
+from .chunks import is_small, row_chunks, rows_to_a_chunk, wide_dtype
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -83,7 +81,7 @@ def _norm_by_chunks(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 
 
 def _norm_at_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The bits of `_norm_by_chunks` in fewer calls."""
+    """The bits of `_norm_by_chunks`, differentiated by autograd."""
     values = x.to(wide_dtype(x.dtype))
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
     return (values * weight.to(values.dtype)).to(x.dtype)
@@ -128,14 +126,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     in x and weight. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        normed = _RMSNorm.apply(rows, None, weight, eps)
-    elif x.is_cuda or x.numel() > SMALL:
-        _, normed, _ = _norm(rows, None, weight, eps)
-    else:
+    if is_small(x):
         return _norm_at_once(x, weight, eps)
-    return normed.view(x.shape)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -152,6 +145,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         )
     dtype = torch.promote_types(x.dtype, residual.dtype)  # they differ under autocast
     x, residual = x.to(dtype), residual.to(dtype)
+    if is_small(x):
+        total = x + residual
+        return total, _norm_at_once(total, weight, eps)
     size = x.shape[-1]
     total, normed = _RMSNorm.apply(x.reshape(-1, size), residual.reshape(-1, size), weight, eps)
     return total.view(x.shape), normed.view(x.shape)

@@ -98,15 +98,15 @@ def _norm_bwd_kernel(
         tl.store(partials_ptr + tl.program_id(0) * SIZE + offs_e, grad_weight, mask=offs_e < SIZE)
 
 
-def _tile(size: int, dtype: torch.dtype) -> dict:
-    """Rows at once such that a tile is a few thousand elements, from the size alone."""
+def _tile(size: int, dtype: torch.dtype, elements: int) -> dict:
+    """Rows at once that hold about `elements`, such that nothing spills, from the size alone."""
     block = triton.next_power_of_2(size)
     return {
         "SIZE": size,
         "BLOCK_E": block,
-        "ROWS": max(1, min(32, 4096 // block)),
+        "ROWS": max(1, min(32, elements // block)),
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-        "num_warps": 16 if block > 8192 else 8 if block > 2048 else 4,
+        "num_warps": 16 if block > 4096 else 8 if block > 2048 else 4,
     }
 
 
@@ -123,7 +123,7 @@ def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         return total, normed, rstd
     x = _contiguous_rows(x)
     added = x if residual is None else _contiguous_rows(residual)
-    tile = _tile(size, x.dtype)
+    tile = _tile(size, x.dtype, 4096)
     with torch.cuda.device_of(x):
         _norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
             x_ptr=x,
@@ -163,7 +163,7 @@ def norm_backward(
         return grad_x, grad_weight.zero_()
     total, grad_normed = _contiguous_rows(total), _contiguous_rows(grad_normed)
     added = total if grad_total is None else _contiguous_rows(grad_total)
-    tile = _tile(size, total.dtype)
+    tile = _tile(size, total.dtype, 2048)
     num_programs = min(triton.cdiv(num_rows, tile["ROWS"]), MAX_PROGRAMS)
     partials = total.new_empty((num_programs if needs_weight else 0, size), dtype=torch.float32)
     with torch.cuda.device_of(total):

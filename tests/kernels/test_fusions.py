@@ -23,14 +23,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-5
 
 
-@pytest.fixture(params=["kernel", "eager"])
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(chunks, "SMALL", -1)
+
+
+@pytest.fixture(params=["kernel", "chunks", "small"])
 def place(request, device, monkeypatch) -> str:
-    """The device: once with the kernels, for which a CPU must be asked, and once with what a CPU takes."""
-    if request.param == "eager":
+    """The device: once with the kernels, for which a CPU must be asked, and once with each way that a CPU takes."""
+    if request.param != "small":
+        monkeypatch.setattr(chunks, "SMALL", -1)
+    if request.param != "kernel":
         if device == "cuda":
             pytest.skip("CUDA takes the kernels")
     elif device == "cpu":
-        monkeypatch.setattr(norm, "SMALL", -1)
         monkeypatch.setattr(norm, "_norm_by_chunks", norm_triton.norm_forward)
         monkeypatch.setattr(norm, "_norm_backward_by_chunks", norm_triton.norm_backward)
         monkeypatch.setattr(rotary, "_rotate_by_chunks", rotary_triton.rotate)
@@ -59,8 +65,9 @@ def evaluate(function, inputs, upstream, wanted=None):
     inputs = [tensor.detach().clone().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, [inputs[index] for index in wanted], upstream)
+    pairs = [(x, grad.to(x.dtype)) for x, grad in zip(outputs, upstream, strict=True) if x.requires_grad]
+    differentiated, upstream = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(differentiated, [inputs[index] for index in wanted], upstream)
     return [output.detach() for output in outputs], list(gradients)
 
 
@@ -144,7 +151,7 @@ def test_norm_is_the_same_bits_with_and_without_gradient_and_in_any_company(plac
 def test_small_matrices_are_normed_to_the_same_bits(monkeypatch, dtype):
     x, weight = randn(4, (70, 100), (100,), dtype=DTYPES[dtype])
     at_once = norm.rms_norm(x, weight, EPS)
-    monkeypatch.setattr(norm, "SMALL", 0)
+    monkeypatch.setattr(chunks, "SMALL", -1)
     assert torch.equal(norm.rms_norm(x, weight, EPS), at_once)
 
 
@@ -237,15 +244,15 @@ def test_cross_entropy_survives_large_logits_and_small_float16_gradients(place):
     hidden, weight, targets, rows = language_model(97, device=place)
     loss = cross_entropy.linear_cross_entropy(1000 * hidden, weight, targets, rows=rows)
     torch.testing.assert_close(loss, reference.linear_cross_entropy(1000 * hidden, weight, targets, rows=rows))
-    # probabilities of about 1e-8, which float16 does not hold
+    # a gradient of about 1e-6, of which float16 holds one digit
     hidden, weight = 20 * hidden.sign().half(), torch.zeros(97, 24, dtype=torch.float16, device=place)
-    weight[0] = hidden[0] / 20 * 0.038
+    weight[0] = hidden[0] / 20 * 0.03
     zeros = torch.zeros(1, dtype=torch.int64, device=place)
     hidden.requires_grad_()
     cross_entropy.linear_cross_entropy(hidden, weight, zeros, rows=zeros).backward(torch.tensor(2.0**14, device=place))
     exact = hidden.detach().double().requires_grad_()
     reference.linear_cross_entropy(exact, weight.double(), zeros, rows=zeros).backward(torch.tensor(2.0**14).to(place))
-    torch.testing.assert_close(hidden.grad[0].double(), exact.grad[0], rtol=0.1, atol=0)
+    torch.testing.assert_close(hidden.grad[0].double(), exact.grad[0], rtol=0.01, atol=0)
 
 
 def test_cross_entropy_keeps_no_matrix_of_the_vocabulary(monkeypatch):
@@ -257,7 +264,7 @@ def test_cross_entropy_keeps_no_matrix_of_the_vocabulary(monkeypatch):
     assert sum(tensor.numel() for tensor in saved) == 77 * 24 + 77
 
 
-def test_what_is_saved_for_the_backward():
+def test_what_is_saved_for_the_backward(nothing_is_small):
     x, residual, weight, other = randn(12, (40, 24), (40, 24), (24,), (40, 24))
     x.requires_grad_()
     cases = {
@@ -273,7 +280,7 @@ def test_what_is_saved_for_the_backward():
         assert sum(tensor.numel() for tensor in saved) == expected
 
 
-def test_float64_gradcheck():
+def test_float64_gradcheck(nothing_is_small):
     x, residual, weight, other = (
         tensor.double().requires_grad_() for tensor in randn(13, (5, 8), (5, 8), (8,), (5, 8))
     )
