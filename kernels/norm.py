@@ -34,8 +34,8 @@ class _RMSNorm(torch.autograd.Function):
         if grad_normed is None:  # only the sum was used
             return grad_total, grad_total, None, None
         total, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = _norm_backward(grad_normed, grad_total, total, weight, rstd, ctx.needs_input_grad[2])
-        grad_weight = grad_weight.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        grad_x, summed = _norm_backward(grad_normed, grad_total, total, weight, rstd, ctx.needs_input_grad[2])
+        grad_weight = summed.to(weight.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_x if ctx.has_residual else None, grad_weight, None
 
 
