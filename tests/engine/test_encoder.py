@@ -221,16 +221,44 @@ def test_describe_names_what_was_chosen(encoder):
     json.dumps(description)
 
 
-def test_self_test_fails_on_a_causal_model(encoder, monkeypatch):
+def test_self_test_fails_on_a_causal_model(encoder):
     from bivec.engine import selftest
 
-    class CausalConfig:
-        sliding_windows = encoder.config.sliding_windows
-        vocab_size = encoder.config.vocab_size
-        causal_windows = bidirectional_windows = encoder.config.causal_windows
+    class CausalRunner:
+        device = encoder.device
+
+        def __call__(self, batch, windows):
+            return encoder.runner(batch, encoder.config.causal_windows)
 
     with pytest.raises(RuntimeError, match="does not change an earlier state"):
-        selftest.check_mask(encoder.runner, CausalConfig)
+        selftest.check_mask(CausalRunner(), encoder.config, encoder.config.bidirectional_windows)
+
+
+def test_self_test_fails_on_a_bidirectional_model_that_should_be_causal(encoder):
+    from bivec.engine import selftest
+
+    class BidirectionalRunner:
+        device = encoder.device
+
+        def __call__(self, batch, windows):
+            return encoder.runner(batch, encoder.config.bidirectional_windows)
+
+    with pytest.raises(RuntimeError, match="under the causal window a future token changes"):
+        selftest.check_mask(BidirectionalRunner(), encoder.config, encoder.config.causal_windows)
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (-1, 2), (3, 3)])
+def test_a_window_is_what_the_encoder_runs_with(tiny_llama_folder, encoder, window):
+    narrow = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", device="cpu", window=window)
+    assert narrow.windows == narrow.config.windows(window)
+    assert set(narrow.self_test) == ({"causal", "neighbours"} if window[1] == 0 else set(encoder.self_test))
+    assert (
+        abs(
+            narrow.encode(["a packed batch holds many sequences"])
+            - encoder.encode(["a packed batch holds many sequences"])
+        ).max()
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize(
