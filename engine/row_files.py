@@ -142,8 +142,8 @@ def _type_fault(what: str, wanted: str, value: Any) -> str:
     if isinstance(value, _Fault):
         return value
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    kinds[type(None)] = "null"
-    return f"the {what} must be {wanted}, got {kinds.get(type(value), type(value))}"
+    found = "null" if value is None else kinds.get(type(value), type(value))
+    return f"the {what} must be {wanted}, got {found}"
 
 
 def _surrogate_fault(what: str, value: str) -> str | None:
