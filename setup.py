@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 # each layer stands in a top-level folder and is linked into the package, so that only `bivec` is ever installed
-LAYERS = ("kernels", "engine", "training", "serving", "benchmarks")
+LAYERS = ("kernels", "engine", "training", "serving", "evaluation", "benchmarks")
 
 setup(
     name="bivec",
@@ -35,11 +35,14 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
+        "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "mteb>=2.3"],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.150",
+            "scikit-learn>=1.5",
             "scipy>=1.13",
+            "matplotlib>=3.9",
             "setuptools>=77",
             "wheel",
             "ruff>=0.14",

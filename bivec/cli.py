@@ -1,4 +1,4 @@
-"""The command line: `bivec embed`, `train` and `inspect`. Nothing heavy is imported before a command runs."""
+"""The command line: `bivec embed`, `train`, `evaluate`, `inspect`. Nothing heavy is imported before a command runs."""
 
 import json
 import signal
@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -25,6 +26,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+evaluation = typer.Typer(
+    name="evaluate",
+    help="Measure a model on plain files: similarity, classification, generation, anisotropy.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(evaluation)
+
 Model = Annotated[
     str, typer.Option(help="Hub id or folder: a Llama, Mistral, Qwen2 or Qwen3, or a PEFT or LLM2Vec adapter of one.")
 ]
@@ -39,6 +48,12 @@ MaxLength = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by name; see bivec inspect.")]
+MaskWindow = Annotated[
+    Literal["bidirectional", "causal"] | None, typer.Option("--window", help="The mask. Default: the model's own.")
+]
+Data = Annotated[str, typer.Option(help="Folder of the task's files.")]
+ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
 
 
 def _version(wanted: bool) -> None:
@@ -159,6 +174,118 @@ def train(
         from .training import read_settings, train
 
         typer.echo(str(train(read_settings(stage, fields or []))))
+
+
+@evaluation.command("sts")
+@evaluation.command("classification")
+def evaluate_labelled(
+    context: typer.Context,
+    data: Data,
+    model: Model = DEFAULT_MODEL,
+    adapter: Adapters = None,
+    pooling: Pooling = None,
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    seeds: Seeds = 3,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
+) -> None:
+    """Score embeddings against labels.
+
+    sts: correlation of cosines with people's scores; files NAME-train, -dev, -test (.csv, .tsv).
+    classification: accuracy of a logistic regression; files NAME.train, .dev, .test, or NAME.all.
+
+    Example: bivec evaluate sts --model runs/simcse --data stsb --split dev --output simcse.json
+    """
+    _evaluate(
+        task=context.info_name,
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        pooling=pooling,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        seeds=seeds,
+        split=split,
+        baseline=baseline,
+    )
+
+
+@evaluation.command("generation")
+@evaluation.command("anisotropy")
+def evaluate_unlabelled(
+    context: typer.Context,
+    data: Data,
+    model: Model = DEFAULT_MODEL,
+    adapter: Adapters = None,
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    seeds: Seeds = 3,
+    num_texts: Annotated[int, typer.Option(min=2, help="Texts that are drawn, the same for every model.")] = 500,
+) -> None:
+    """Examine a model on texts that it was not trained on, in .txt or .jsonl.
+
+    generation: perplexity and repetition under the causal mask, before and after training.
+    anisotropy: how alike hidden states are in each layer, and under both masks.
+
+    Example: bivec evaluate generation --model runs/mntp --data held-out.txt --output mntp.json
+    """
+    _evaluate(
+        task=context.info_name,
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        seeds=seeds,
+        num_texts=num_texts,
+    )
+
+
+def _evaluate(**settings: Any) -> None:
+    with _one_line_errors():
+        from .evaluation.report import table
+        from .evaluation.tasks import EvaluateSettings, evaluate
+
+        _warn_of_default(settings["model"])
+        typer.echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
+
+
+@evaluation.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A result of bivec evaluate --output.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another of the same task and data.")],
+    output: Annotated[Path, typer.Option(help="The picture, .png, .svg or .pdf.")] = Path("comparison.png"),
+) -> None:
+    """Print two results with their differences, and draw them.
+
+    Differences are B minus A, on the same bootstrap resamples of the same texts.
+
+    Example: bivec evaluate compare base.json simcse.json --output comparison.png
+    """
+    with _one_line_errors():
+        from .evaluation import comparison
+        from .evaluation.report import Report
+
+        rows = comparison.compare(Report.read(first), Report.read(second))
+        typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
+        comparison.draw(rows, (first.stem, second.stem), output)
 
 
 @app.command()

@@ -287,11 +287,16 @@ class Encoder:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
         return self.model.norm(self.model(batch, self.windows, backend=self.backend))
 
-    def language_model(self) -> LanguageModel:
-        """The original causal language model, read again from the base checkpoint: no adapter touches it."""
+    def language_model(self, adapters: bool = False) -> LanguageModel:
+        """The original causal language model, read again from the base checkpoint: no adapter touches it.
+
+        With `adapters` the encoder's own are merged into it: what generation is like after training.
+        """
         with torch.device("meta"):
             model = LanguageModel(self.config)
         load_weights(model, checkpoint_files(self.checkpoint.base), self.dtype, language_model_name)
+        if adapters:
+            merge_adapters(model.model, self.checkpoint.adapters)
         return model.to(self.device).eval()
 
     def describe(self) -> dict[str, Any]:

@@ -29,11 +29,14 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["inspect", "-h"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["embed", "--help"], ["inspect", "-h"], ["evaluate", "sts", "--help"], ["--version"], []],
+)
 def test_help_imports_nothing_heavy(arguments):
     program = (
         "import sys; from bivec.cli import app\n"
-        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy', 'tqdm', 'rich'}\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy', 'tqdm', 'rich', 'sklearn', 'scipy', 'matplotlib'}\n"
         f"try: app({arguments!r})\n"
         "finally: print(heavy & set(sys.modules), file=sys.stderr)"
     )
@@ -55,6 +58,9 @@ def test_help_teaches_with_an_example_of_each_command():
     assert "inspect" in invoke("--help").output
     assert "bivec embed examples/passages.txt --output embeddings.parquet" in invoke("embed", "--help").output
     assert "bivec inspect --model" in invoke("inspect", "--help").output
+    for name in ("sts", "classification", "generation", "anisotropy", "compare"):
+        assert name in invoke("evaluate", "--help").output
+        assert "Example: bivec evaluate" in invoke("evaluate", name, "--help").output
 
 
 def test_version():

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "engine", "training", "serving", "benchmarks")
+LAYERS = ("kernels", "engine", "training", "serving", "evaluation", "benchmarks")
 
 # which of our modules are imported, and from where, once everything is
 LOADED = f"""
 import json, sys
 import bivec, bivec.cli, bivec.engine.encoder, bivec.serving.job, bivec.training.data, bivec.kernels.pooling
+import bivec.evaluation.tasks
 files = {{name: getattr(module, "__file__", None) for name, module in sys.modules.items()}}
 print(json.dumps({{name: file for name, file in files.items() if file and name.split(".")[0] in {("bivec", *LAYERS)}}}))
 """

@@ -1,0 +1,1 @@
+"""Evaluation: text similarity, classification, generation, anisotropy, and how two results compare."""

@@ -1,0 +1,135 @@
+"""What an evaluation found: a JSON file that appears complete or not at all, and a table of it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure, with its 95 % interval where it has one.
+
+    Attributes:
+        dataset, split: what was scored.
+        system: `model`, or the name of what stands beside it for comparison.
+        metric: `spearman`, `accuracy`, `perplexity`, …
+        low, high: bounds of the interval; None without one.
+        layer: for figures of a layer; 0 is the embeddings.
+        items: what a paired comparison needs of each item, by name, all of one length.
+        details: what else belongs to it.
+    """
+
+    dataset: str
+    split: str
+    system: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    layer: int | None = None
+    items: dict[str, list[float]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple:
+        return self.dataset, self.split, self.system, self.metric, self.layer
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one evaluation.
+
+    Attributes:
+        task: `sts`, `classification`, `generation` or `anisotropy`.
+        model: what was evaluated, from `Encoder.describe`.
+        settings: what the figures depend on beside the model and the data.
+        data: SHA-256 of each data set as it was used.
+        checks: statements that were verified, and how that came out.
+    """
+
+    task: str
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    data: dict[str, str]
+    scores: list[Score]
+    checks: dict[str, bool] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Replace `path` by the whole report; undefined figures are null. Raises OSError."""
+        text = json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """A written report; raises ValueError naming the file where it is none."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            scores = [Score(**(score | {"value": _number(score["value"])})) for score in values.pop("scores")]
+            return cls(**values, scores=scores)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} must be what `bivec evaluate --output` wrote: {error}") from error
+
+
+def fingerprint(*columns: Iterable) -> str:
+    """SHA-256 of columns of texts or numbers."""
+    content = json.dumps([[_plain(value) for value in column] for column in columns])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def table(report: Report) -> Iterator[str]:
+    """Lines: a row a figure, a column of layers where any has one."""
+    rows = [("data", "split", "system", "metric", "value", "95 % interval")]
+    for score in report.scores:
+        metric = score.metric if score.layer is None else f"{score.metric}, layer {score.layer}"
+        rows.append((score.dataset, score.split, score.system, metric, number(score.value), interval(score)))
+    yield from aligned(rows)
+    for check, passed in report.checks.items():
+        yield f"{check}: {'yes' if passed else 'NO'}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells as lines with straight columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def number(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.4g}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def interval(score: Score) -> str:
+    if score.low is None or score.high is None or np.isnan(score.low):
+        return ""
+    return f"{number(score.low)} to {number(score.high)}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

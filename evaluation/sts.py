@@ -1,0 +1,128 @@
+"""Text similarity: how well cosines of embeddings order pairs that people have scored.
+
+stsb-en-train.csv    without header: sentence1,sentence2,score; with one, these three columns in any place
+stsb-en-dev.csv      a .tsv has tabs and no quotes, as GLUE's files
+stsb-en-test.csv     the name before the split is the data set's
+"""
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .report import Score
+from .splits import Split, find_splits, looked_for
+from .statistics import estimate, pearson, spearman
+
+EXTENSIONS = (".csv", ".tsv")
+COLUMNS = ("sentence1", "sentence2", "score")
+
+
+class Pairs(NamedTuple):
+    """Scored pairs of texts; `scores` float64 `(n,)`."""
+
+    first: list[str]
+    second: list[str]
+    scores: np.ndarray
+
+
+class SimilarityTask(NamedTuple):
+    """A data set's pairs of one split, and the training split's where its file is there."""
+
+    name: str
+    split: Split
+    pairs: Pairs
+    train: Pairs | None
+
+
+def read_tasks(folder: Path, split: Split) -> list[SimilarityTask]:
+    """Every data set in `folder` that has `split`.
+
+    Raises:
+        FileNotFoundError: none has; says which names were looked for.
+        ValueError: a row is malformed, with its file and line.
+    """
+    tasks = []
+    for name, files in find_splits(folder, EXTENSIONS).items():
+        if split in files:
+            train = read_pairs(files["train"]) if "train" in files else None
+            tasks.append(SimilarityTask(name, split, read_pairs(files[split]), train))
+    if not tasks:
+        raise FileNotFoundError(f"no scored pairs in {folder}: looked for {looked_for('*', split, EXTENSIONS)}")
+    return tasks
+
+
+def read_pairs(path: Path) -> Pairs:
+    """The pairs of one file; raises ValueError naming file and line of a row that is none."""
+    rows = _rows(path)
+    first_line, header = next(rows, (1, None))
+    if header is None:
+        raise ValueError(f"{path}: the file is empty")
+    places = [header.index(column) for column in COLUMNS if column in header]
+    pairs: list[tuple[str, str, float]] = []
+    if len(places) < len(COLUMNS):
+        places = [0, 1, 2]
+        pairs.append(_pair(path, first_line, header, len(COLUMNS), places))
+    for line, fields in rows:
+        pairs.append(_pair(path, line, fields, len(header), places))
+    if not pairs:
+        raise ValueError(f"{path}: no pair stands below the header")
+    first, second, scores = zip(*pairs, strict=True)
+    return Pairs(list(first), list(second), np.array(scores))
+
+
+def cosines(first: Any, second: Any) -> np.ndarray:
+    """Cosines float64 `(n,)` of the rows of two dense arrays or scipy matrices `(n, E)`; 0 where one is all zeros."""
+    if isinstance(first, np.ndarray):
+        first, second = first.astype(np.float64), second.astype(np.float64)
+        products, norms = (first * second).sum(axis=1), [np.linalg.norm(rows, axis=1) for rows in (first, second)]
+    else:
+        products = np.asarray(first.multiply(second).sum(axis=1)).ravel()
+        norms = [np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel()) for rows in (first, second)]
+    scale = norms[0] * norms[1]
+    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+
+
+def score(task: SimilarityTask, system: str, similarities: np.ndarray) -> list[Score]:
+    """Spearman's and Pearson's correlation of `similarities` `(n,)` with the scores, with their intervals."""
+    gold = task.pairs.scores
+    items = {"gold": gold.tolist(), "similarity": similarities.tolist()}
+    return [
+        Score(task.name, task.split, system, metric, *estimate(correlation(gold, similarities), len(gold)), items=items)
+        for metric, correlation in (("spearman", spearman), ("pearson", pearson))
+    ]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Fields of each row that is not blank, with the line it begins on."""
+    tabs = path.suffix == ".tsv"
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    line = 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, **dialect)
+        try:
+            for fields in reader:
+                if fields:
+                    yield line, fields
+                line = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+
+
+def _pair(path: Path, line: int, fields: Sequence[str], width: int, places: Sequence[int]) -> tuple[str, str, float]:
+    if len(fields) != width:
+        raise ValueError(f"{path}:{line}: {width} fields are needed ({', '.join(COLUMNS)}), got {len(fields)}")
+    first, second, score = (fields[place] for place in places)
+    for text in (first, second):
+        if not text.strip():
+            raise ValueError(f"{path}:{line}: a sentence is empty")
+    try:
+        number = float(score)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{path}:{line}: the score must be a number, got {score!r}")
+    return first, second, number

@@ -1,0 +1,153 @@
+"""`bivec evaluate` from start to end on the tiny model, and what it refuses before a model is loaded."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from bivec import Encoder, cli
+from bivec.evaluation import tasks
+from bivec.evaluation.report import Report
+from bivec.evaluation.sts import cosines, read_tasks
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+
+
+@pytest.fixture
+def run(tiny_llama_folder, tmp_path):
+    """Runs a task on the tiny model; returns the printed lines and the report."""
+
+    def evaluate(task, data, *arguments, name="report"):
+        output = tmp_path / f"{name}.json"
+        found = invoke(
+            task, "--model", tiny_llama_folder, "--dtype", "float32", "--data", data, "--output", output, *arguments
+        )
+        assert found.exit_code == 0, found.output
+        return found.stdout.splitlines(), Report.read(output)
+
+    return evaluate
+
+
+def test_sts(run, similarity_folder, tiny_llama_folder, tmp_path):
+    lines, report = run("sts", similarity_folder, "--split", "dev", "--baseline", "--window", "causal")
+    systems = ["model", "tfidf-words", "tfidf-characters"]
+    assert [(score.system, score.metric) for score in report.scores] == [
+        (system, metric) for system in systems for metric in ("spearman", "pearson")
+    ]
+    assert len(lines) == 7
+    assert report.model["mask"] == "causal, window (-1, 0)"
+    (task,) = read_tasks(similarity_folder, "dev")
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", window=(-1, 0))
+    expected = cosines(encoder.encode(task.pairs.first), encoder.encode(task.pairs.second))
+    np.testing.assert_array_equal(report.scores[0].items["similarity"], expected)
+
+
+def test_sts_of_two_windows_compared(run, similarity_folder, tmp_path):
+    run("sts", similarity_folder, name="bidirectional")
+    run("sts", similarity_folder, "--window", "causal", name="causal")
+    files = [tmp_path / f"{name}.json" for name in ("causal", "bidirectional")]
+    found = invoke("compare", *files, "--output", tmp_path / "picture.png")
+    assert found.exit_code == 0, found.output
+    header, spearman, _ = found.stdout.splitlines()
+    assert header.split()[:4] == ["causal", "95", "%", "interval"]
+    assert spearman.startswith("small test model spearman")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classification(run, labelled_folder):
+    _, report = run("classification", labelled_folder, "--baseline", "--seeds", "2")
+    found = {(score.dataset, score.system): score for score in report.scores}
+    assert {name: found[name, "model"].split for name in ("split", "three", "whole")} == {
+        "split": "test",
+        "three": "test",
+        "whole": "10 folds",
+    }
+    assert len(found["three", "model"].details["accuracy of each seed"]) == 2
+    assert found["three", "tfidf-words"].value == 1.0  # a word tells the label
+    assert all(0 <= score.low <= score.value <= score.high <= 1 for score in report.scores)
+
+
+def test_generation_of_an_adapter(run, text_file, adapted):
+    lines, report = run("generation", text_file, "--adapter", adapted[0], "--num-texts", "10", "--max-length", "100")
+    assert lines[-1] == "with its adapters off, logits are bitwise the base's: yes"
+    assert {score.system for score in report.scores} == {"base", "model", "text"}
+
+
+def test_anisotropy(run, text_file):
+    lines, report = run("anisotropy", text_file, "--num-texts", "10")
+    assert {(score.metric, score.layer) for score in report.scores} == {
+        (metric, layer) for metric in ("anisotropy", "within text", "readiness") for layer in range(4)
+    }
+    assert any("readiness, layer 3" in line for line in lines)
+
+
+def test_the_same_texts_are_drawn_every_time(run, text_file):
+    first, again, other = (run("anisotropy", text_file, "--num-texts", count)[1].data for count in (5, 5, 6))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("sts", "no scored pairs in data: looked for *-test.csv, *_test.csv, *.test.csv, *-test.tsv"),
+        ("classification", "no labelled texts in data: looked for *-test.all"),
+        ("generation", "no texts in data: looked for *.txt, *.txt.gz, *.jsonl"),
+        ("anisotropy", "no texts in data: looked for *.txt, *.txt.gz, *.jsonl"),
+    ],
+)
+def test_absent_data_is_one_line(tmp_path, monkeypatch, task, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    (tmp_path / "data").mkdir()
+    found = invoke(task, "--data", "data", "--model", "m")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"error: {message}")
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "status", "message"),
+    [
+        ("sts", "a-test.csv", b"a,b,1\nc,d\n", 2, "data/a-test.csv:2: 3 fields are needed"),
+        ("classification", "a.all", b"1 a\nb\n", 2, "data/a.all:2: a line must be a label"),
+        ("generation", "a.txt", b"a\n\xff\n", 1, "data/a.txt:2: invalid UTF-8"),
+        ("anisotropy", "a.jsonl", b'{"text": 1}\n', 1, "data/a.jsonl:1: the text must be a string"),
+        ("generation", "a.txt", b" \n\n", 2, "data/a.txt: every line is blank"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path, monkeypatch, task, name, content, status, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(content)
+    found = invoke(task, "--data", "data", "--model", "m")
+    assert found.exit_code == status
+    assert found.stderr.startswith(f"error: {message}")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_baseline_needs_its_training_split(similarity_folder, monkeypatch):
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    (similarity_folder / "small-train.csv").unlink()
+    found = invoke("sts", "--data", similarity_folder, "--model", "m", "--baseline")
+    assert found.exit_code == 2
+    assert "the baseline of small needs its training split" in found.stderr
+
+
+def test_an_output_in_no_folder_is_refused_before_the_work(similarity_folder, monkeypatch):
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    found = invoke("sts", "--data", similarity_folder, "--model", "m", "--output", "nowhere/r.json")
+    assert found.exit_code == 2
+    assert "the folder 'nowhere' does not exist" in found.stderr
+
+
+def test_reports_of_two_tasks_are_not_compared(tmp_path):
+    for name, task in (("a", "sts"), ("b", "generation")):
+        values = {"task": task, "model": {}, "settings": {}, "data": {}, "scores": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    found = invoke("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert found.exit_code == 2
+    assert found.stderr == "error: both reports must be of one task, got sts and generation\n"

@@ -1,0 +1,136 @@
+"""Reports: written whole or not at all, compared on the same items, drawn."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bivec.evaluation import comparison, extras
+from bivec.evaluation.comparison import compare, draw
+from bivec.evaluation.report import Report, Score, fingerprint, table
+from bivec.evaluation.statistics import paired_difference, spearman
+
+
+def similarity_score(seed: int, system: str = "model") -> Score:
+    generator = np.random.default_rng(seed)
+    gold = np.random.default_rng(0).uniform(0, 5, size=50)
+    items = {"gold": gold.tolist(), "similarity": (gold + generator.normal(size=50)).tolist()}
+    return Score("set", "test", system, "spearman", 0.5, 0.4, 0.6, items=items)
+
+
+def make_report(*scores: Score, task: str = "sts", data: str = "same") -> Report:
+    return Report(task, {"name": "m"}, {"split": "test"}, {"set": data}, list(scores), {"the base is untouched": True})
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    undefined = Score("set", "test", "model", "pearson", float("nan"), float("nan"), float("nan"))
+    report = make_report(similarity_score(1), Score("set", "all", "model", "readiness", 0.3, layer=2), undefined)
+    report.write(tmp_path / "r.json")
+    found = Report.read(tmp_path / "r.json")
+    assert np.isnan(found.scores.pop().value)
+    report.scores.pop()
+    assert found == report
+    assert "NaN" not in (tmp_path / "r.json").read_text()
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    path.write_text("before")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        make_report(similarity_score(1)).write(path)
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": [{}]}', '{"scores": 3}'])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ValueError, match=r"r\.json must be what `bivec evaluate --output` wrote"):
+        Report.read(tmp_path / "r.json")
+
+
+def test_fingerprints_tell_columns_apart():
+    assert fingerprint(["a", "b"], np.array([1.0, 2.0])) == fingerprint(("a", "b"), [1.0, 2.0])
+    assert fingerprint(["a", "b"]) != fingerprint(["a"], ["b"]) != fingerprint(["ab"])
+
+
+def test_the_table_is_aligned():
+    lines = list(table(make_report(similarity_score(1), Score("set", "all", "base", "perplexity", 23.456))))
+    assert lines == [
+        "data  split  system  metric      value   95 % interval",
+        "set   test   model   spearman    0.5000  0.4000 to 0.6000",
+        "set   all    base    perplexity  23.46",
+        "the base is untouched: yes",
+    ]
+
+
+def test_differences_are_on_the_same_items():
+    baseline = similarity_score(9, "tfidf-words")
+    first, second = similarity_score(1), similarity_score(2)
+    rows = compare(make_report(first, baseline), make_report(second, baseline, similarity_score(3, "other")))
+    assert [(row.known.system, row.difference is not None) for row in rows] == [
+        ("model", True),
+        ("tfidf-words", False),
+        ("other", False),
+    ]
+    expected = paired_difference(spearman(*first.items.values()), spearman(*second.items.values()), 50)
+    assert rows[0].difference == expected
+    lines = list(comparison.table(rows, ("a", "b")))
+    assert f"{expected.value:+.4f}" in lines[1]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "items", "value"),
+    [
+        ("accuracy", {"correct": [1.0, 0.0, 1.0, 1.0]}, 0.75),
+        ("readiness", {"share": [0.5, 0.7, 0.3, 0.1]}, 0.4),
+        ("perplexity", {"loss": [1.0, 2.0, 3.0, 2.0], "tokens": [1.0, 1.0, 1.0, 1.0]}, np.exp(2.0)),
+        ("bits per character", {"bits": [1.0, 2.0, 3.0, 2.0], "characters": [2.0, 2.0, 2.0, 2.0]}, 1.0),
+        ("pearson", {"gold": [1.0, 2.0, 3.0, 5.0], "similarity": [2.0, 4.0, 6.0, 10.0]}, 1.0),
+    ],
+)
+def test_each_metric_is_rebuilt_from_its_items(metric, items, value):
+    statistic = comparison._statistic(Score("set", "all", "model", metric, value, items=items))
+    assert statistic is not None
+    assert statistic(np.ones((1, 4)))[0] == pytest.approx(value)
+
+
+def test_what_cannot_be_compared_is_refused():
+    report = make_report(similarity_score(1))
+    with pytest.raises(ValueError, match="of one task, got sts and generation"):
+        compare(report, replace(report, task="generation"))
+    with pytest.raises(ValueError, match="those of set differ"):
+        compare(report, make_report(similarity_score(1), data="other"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_picture_has_a_panel_a_metric(tmp_path, suffix):
+    layers = [Score("set", "all", "model", "readiness", 1 - layer / 9, layer=layer) for layer in range(3)]
+    undefined = Score("set", "test", "model", "pearson", float("nan"))
+    first, second = make_report(similarity_score(1), undefined, *layers), make_report(similarity_score(2), *layers)
+    path = tmp_path / f"picture{suffix}"
+    draw(compare(first, second), ("a", "b"), path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    if suffix == ".svg":
+        assert [f"<!-- {title} -->".encode() in content for title in ("spearman", "pearson", "readiness")] == [True] * 3
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    rows = compare(make_report(similarity_score(1)), make_report(similarity_score(2)))
+    with pytest.raises(ValueError, match=r"picture\.docx: Format 'docx' is not supported"):
+        draw(rows, ("a", "b"), Path(tmp_path / "picture.docx"))
+
+
+def test_an_absent_extra_is_named():
+    with pytest.raises(ValueError, match=r"the picture needs nothing: pip install 'bivec\[eval\]'"):
+        extras.needed("bivec_has_no_such_module", "nothing", "the picture")
