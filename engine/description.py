@@ -73,8 +73,8 @@ def identity(encoder: "Encoder") -> dict[str, Any]:
     device = torch.cuda.get_device_name(encoder.device) if on_cuda else torch.backends.cpu.get_cpu_capability()
     return {
         "base": _sha256(base),
-        "tokenizer": _sha256(path for path in checkpoint.tokenizer.glob("*token*") if path.is_file()),
-        "adapters": [_sha256(path for path in adapter.glob("adapter_*") if path.is_file()) for adapter in checkpoint.adapters],
+        "tokenizer": _sha256(checkpoint.tokenizer.glob("*token*")),
+        "adapters": [_sha256(adapter.glob("adapter_*")) for adapter in checkpoint.adapters],
         "window": [list(window) for window in sorted(set(encoder.windows))],
         "pooling": encoder.pooling,
         "max_length": encoder.max_length,
@@ -90,7 +90,7 @@ def identity(encoder: "Encoder") -> dict[str, Any]:
 def _sha256(files: Iterable[Path]) -> str:
     """Over the names and contents of files."""
     whole = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(path for path in files if path.is_file()):
         with path.open("rb") as stream:
             whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()

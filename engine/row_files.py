@@ -227,11 +227,10 @@ def _lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, by
     """Numbered physical lines with their line ends, without the byte order mark; a too long one is bad."""
     opener: Callable[..., Any] = gzip.open if file.compressed else open
     with opener(file.path, "rb") as stream:
-        number = 0
-        if start.offset:
-            stream.seek(start.offset)
-            number = start.after
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), start=number + 1):
+        number = start.after if start.offset else 0
+        stream.seek(start.offset)
+        for line in iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""):
+            number += 1
             too_long = len(line) > MAX_ROW_BYTES
             if too_long:
                 _skip_line(stream, line)

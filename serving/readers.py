@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A range of rows: `num_rows` of them from a place in one of the input files on, which may reach into later ones."""
+    """A range of rows: `num_rows` of them from a place in an input file on; it may reach into the next files."""
 
     file: int
     start: Start
@@ -128,11 +128,14 @@ def _with_offsets(file: InputFile, lines: list[int]) -> Iterator[tuple[int, int]
 
 def fingerprint(files: Sequence[InputFile]) -> list[dict[str, Any]]:
     """Each file's name, size and SHA-256, by which a change between runs is seen wherever the files now lie."""
-    found = []
+    found: list[dict[str, Any]] = []
     for file in files:
-        with file.path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found.append({"name": file.name, "bytes": stream.tell(), "sha256": digest})
+        try:
+            with file.path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                found.append({"name": file.name, "bytes": stream.tell(), "sha256": digest})
+        except OSError:
+            found.append({"name": file.name, "bytes": 0, "sha256": "unreadable"})
     return found
 
 
