@@ -1,10 +1,12 @@
 """`bivec embed …` with a stub for the model: a text's vector is its hash. Run as a script by the tests that kill it.
 
-With PAUSE_AT=n in the environment it prints "paused" at the n-th call of `encode_tokenized` and waits to be killed.
+A text with "<die once>" kills its process unless the file that DIED names is there, which it makes. With PAUSE_AT=n it
+prints "paused" at the n-th call of `encode_tokenized` and waits to be killed.
 """
 
 import hashlib
 import os
+import signal
 import sys
 import time
 
@@ -46,6 +48,9 @@ class StubEncoder:
         if len(self.calls) == int(os.environ.get("PAUSE_AT", 0)):
             print("paused", flush=True)
             time.sleep(60)
+        if any("<die once>" in text for text in texts) and not os.path.exists(os.environ["DIED"]):
+            open(os.environ["DIED"], "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
         vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = np.nan if "<nan>" in text else vector_of(prompt + text)

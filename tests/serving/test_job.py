@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -39,13 +38,6 @@ def vectors_by_id(path) -> dict[str, list]:
 
 def not_loaded(_):
     raise AssertionError("the model must not be loaded")
-
-
-@pytest.fixture
-def texts(tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(50)))
-    return path
 
 
 @pytest.mark.parametrize("window", [1, 7, 50, 8192])
@@ -242,24 +234,14 @@ def test_an_input_that_vanishes_after_the_check_is_a_failure_with_its_name(stub,
     assert os.listdir(tmp_path) == []
 
 
-def start(stub, *arguments, pause_at: int) -> subprocess.Popen:
-    """`bivec embed` with the stub, stopped in the middle."""
-    environment = {**os.environ, "PAUSE_AT": str(pause_at)}
-    command = [sys.executable, str(stub.script), "embed", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    if pause_at:
-        assert process.stdout.readline() == "paused\n", process.communicate()[1]
-    return process
-
-
-def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(stub, texts, tmp_path):
+def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(start, texts, tmp_path):
     name = "out.parquet"
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=3)
+    process = start(texts, "--output", tmp_path / name, pause_at=3)
     process.kill()
     process.communicate()
     assert not list(tmp_path.rglob("*.parquet")), "a file under a final name"
     assert list(tmp_path.rglob(".*.partial")), "the kill came too late to show anything"
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=0)
+    process = start(texts, "--output", tmp_path / name, pause_at=0)
     out, _ = process.communicate()
     assert process.returncode == 0
     assert out.startswith("read 50 = written 50 + failed 0 in ")
@@ -268,9 +250,9 @@ def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(s
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_removes_temporary_files(stub, texts, tmp_path, number, status):
+def test_an_interrupt_removes_temporary_files(start, texts, tmp_path, number, status):
     name = "out.parquet"
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=3)
+    process = start(texts, "--output", tmp_path / name, pause_at=3)
     before = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate()
@@ -280,9 +262,9 @@ def test_an_interrupt_removes_temporary_files(stub, texts, tmp_path, number, sta
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
-def test_two_runs_on_one_output(stub, texts, tmp_path):
-    first = start(stub, texts, "--output", tmp_path / "out.parquet", pause_at=1)
-    second = start(stub, texts, "--output", tmp_path / "out.parquet", pause_at=0)
+def test_two_runs_on_one_output(start, texts, tmp_path):
+    first = start(texts, "--output", tmp_path / "out.parquet", pause_at=1)
+    second = start(texts, "--output", tmp_path / "out.parquet", pause_at=0)
     _, err = second.communicate()
     first.kill()
     first.communicate()
