@@ -72,7 +72,7 @@ class TextTokenizer:
         """Where to cut: the last place before `num_characters` at which a space follows a character that is none."""
         while self._cuts_before_spaces and 2 * num_characters < len(text):
             end = text.rfind(" ", 0, num_characters)
-            while end > 0 and text[end - 1].isspace():
+            while end > 0 and (text[end - 1].isspace() or text[end - 1] == "▁"):  # which SentencePiece takes for one
                 end = text.rfind(" ", 0, end)
             if end > 0:
                 return end

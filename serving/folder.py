@@ -90,8 +90,9 @@ class OutputFolder:
                 owner = path.read_text(encoding="utf-8") or "a share of it"
                 raise FileExistsError(f"{self.path}: another run is writing this output ({owner})") from None
             if not shared:
-                self._locks[-1].write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                self._locks[-1].flush()
+                with naming(self.path):
+                    self._locks[-1].write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    self._locks[-1].flush()
 
     def check_inputs(self, files: Sequence[InputFile]) -> None:
         """Raises ValueError where an input stands in the output."""

@@ -23,14 +23,16 @@ class ShardActor:
     """A `ShardWorker` that takes shards while it works on others."""
 
     def __init__(self, plan: Plan, folder: str):
-        os.chdir(folder)
-        self._worker = ShardWorker(plan)
+        self._plan, self._folder = plan, folder
         self._numbers: SimpleQueue[int] = SimpleQueue()
         self._futures: dict[int, Future[Done]] = {}
-        Thread(target=self._run, daemon=True).start()
 
-    def manifest(self) -> Manifest:
-        return self._worker.manifest
+    def load(self) -> Manifest:
+        """Loads the encoder and is ready; not done by the constructor, whose errors Ray takes for a death."""
+        os.chdir(self._folder)
+        worker = ShardWorker(self._plan)
+        Thread(target=self._run, args=(worker,), daemon=True).start()
+        return worker.manifest
 
     def embed(self, number: int) -> Done:
         """Waits until the shard is done; raises what ended the work."""
@@ -38,9 +40,9 @@ class ShardActor:
         self._numbers.put(number)
         return future.result()
 
-    def _run(self) -> None:
+    def _run(self, worker: ShardWorker) -> None:
         try:
-            self._worker.run(self._taken(), lambda done: self._futures[done.number].set_result(done))
+            worker.run(self._taken(), lambda done: self._futures[done.number].set_result(done))
         except BaseException as error:
             for future in self._futures.values():
                 if not future.done():
@@ -65,7 +67,7 @@ def on_ray(
     Args:
         num_workers: default one a GPU of the cluster, or one a machine where it has none.
     Raises:
-        ModuleNotFoundError: Ray is not installed.
+        ValueError: Ray is not installed.
         ConnectionError: no cluster answers at `address`.
         ChildProcessError: actors died again and again over one shard.
         RowError, ValueError, OSError: as `embed_shards`.
@@ -73,7 +75,7 @@ def on_ray(
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('--ray needs Ray: pip install "bivec[ray]"') from error
+        raise ValueError('--ray needs Ray: pip install "bivec[ray]"') from error
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
     try:
         _embed(ray, plan, numbers, on_ready, on_done, num_workers)
@@ -99,11 +101,11 @@ def _embed(
     plan_reference = ray.put(plan)
     left = list(reversed(numbers))
     attempts = dict.fromkeys([*numbers, None], 0)
-    running: dict[Any, tuple[Any, int | None]] = {}  # a call's reference to its actor and shard; None: being made
+    running: dict[Any, tuple[Any, int | None]] = {}  # a call's reference to its actor and shard; None: it loads
 
     def start_actor() -> None:
         actor = actor_class.remote(plan_reference, os.getcwd())
-        running[actor.manifest.remote()] = (actor, None)
+        running[actor.load.remote()] = (actor, None)
 
     def give_shard(actor: Any) -> None:
         if left:

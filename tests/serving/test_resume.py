@@ -402,7 +402,7 @@ def test_ray_with_a_worker_that_is_killed(start, texts, tmp_path):
 
 def test_ray_that_is_not_installed(embed, settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r'--ray needs Ray: pip install "bivec\[ray\]"'):
+    with pytest.raises(ValueError, match=r'--ray needs Ray: pip install "bivec\[ray\]"'):
         embed(settings, ray="local")
 
 
