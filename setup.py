@@ -36,6 +36,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "mteb>=2.3"],
+        "ray": ["ray>=2.56"],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
         "test": [
             "pytest>=8",

@@ -108,23 +108,31 @@ def embed(
         Literal["fail", "skip"],
         typer.Option(help="A bad row ends the job without output, or goes to OUTPUT.errors.jsonl."),
     ] = "fail",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that embed. Default: one a visible GPU, one on the CPU.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do shards I, I+N, ... of a folder; other machines do the others."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS|local", help="Embed on a Ray cluster that shares the file system.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a folder's job where it ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Embed the texts of files into Parquet.
 
     Example: bivec embed examples/passages.txt --output embeddings.parquet
 
-    The output appears under its name only when it is complete.
+    A file appears under its name only when it is complete. A job into a folder can be killed at any time: --resume
+    goes on with the shards that are not done, or says what has changed since.
     """
     with _one_line_errors():
-        from .serving.job import EmbedSettings, RowEncoder, load_encoder, run
+        from .serving import job
 
-        def load(settings: EmbedSettings) -> RowEncoder:
-            _warn_of_default(model)
-            return load_encoder(settings)
-
-        summary = run(
-            EmbedSettings(
+        summary = job.run(
+            job.EmbedSettings(
                 inputs=inputs,
                 output=output,
                 model=model,
@@ -140,11 +148,16 @@ def embed(
                 device=device,
                 dtype=dtype,
                 attention=attention,
+                workers=workers,
+                shard=shard,
+                ray=ray,
                 limit=limit,
                 on_error=on_error,
+                resume=resume,
                 overwrite=overwrite,
             ),
-            load,
+            job.load_encoder,
+            before_loading=lambda: _warn_of_default(model),
         )
         for row in summary.unreadable:
             typer.echo(f"warning: {row}", err=True)

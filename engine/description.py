@@ -1,10 +1,15 @@
 """What an encoder is and which choices were made for it, for `bivec inspect`, logs and output files."""
 
+import hashlib
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .ops import choose_dtype
+from .weights import checkpoint_files
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -51,6 +56,51 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
         },
         "self-test": encoder.self_test,
     }
+
+
+# what takes part in making a vector, from text to numbers
+_LIBRARIES = ("torch", "triton", "tokenizers", "transformers", "flash-attn")
+
+
+def identity(encoder: "Encoder") -> dict[str, Any]:
+    """All that a vector's bits depend on but its text and the arguments of `encode`, as JSON has it.
+
+    Files count by SHA-256, not by name: a model that has moved is the same one.
+    """
+    checkpoint = encoder.checkpoint
+    base = [checkpoint.base / "config.json", *checkpoint_files(checkpoint.base)]
+    on_cuda = encoder.device.type == "cuda"
+    device = torch.cuda.get_device_name(encoder.device) if on_cuda else torch.backends.cpu.get_cpu_capability()
+    return {
+        "base": _sha256(base),
+        "tokenizer": _sha256(checkpoint.tokenizer.glob("*token*")),
+        "adapters": [_sha256(adapter.glob("adapter_*")) for adapter in checkpoint.adapters],
+        "window": [list(window) for window in sorted(set(encoder.windows))],
+        "pooling": encoder.pooling,
+        "max_length": encoder.max_length,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "backend": encoder.backend,
+        "device": f"{encoder.device.type}: {device}",
+        "slab_tokens": encoder.slab_tokens,
+        "row_tiles": list(encoder.runner.tiles),
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
+    }
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """Over the names and contents of files."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        with path.open("rb") as stream:
+            whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -14,7 +14,7 @@ from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
 from .adapters import merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
-from .description import describe
+from .description import describe, identity
 from .model import LanguageModel, LlamaModel
 from .packing import PackedBatch, pack
 from .runner import Runner
@@ -241,46 +241,67 @@ class Encoder:
         Returns:
             vectors `(N, dim)` with zeros where there is a reason; a reason or None for each text; tokens run.
         """
+        prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
+        parts = []
+        for start in range(0, len(texts), _WINDOW) or [0]:
+            end = min(start + _WINDOW, len(texts))
+            tokenized = self._tokenizer(texts[start:end], prompts[start:end])
+            parts.append(
+                self.encode_tokenized(
+                    tokenized,
+                    normalize_embeddings=normalize_embeddings,
+                    truncate_dim=truncate_dim,
+                    precision=precision,
+                    progress=progress,
+                )
+            )
+        vectors, reasons, num_tokens = zip(*parts, strict=True)
+        return np.concatenate(vectors), [reason for part in reasons for reason in part], sum(num_tokens)
+
+    def tokenize_rows(self, texts: Sequence[str], *, prompt: str = "") -> list[Tokenized | Rejected]:
+        """The first half of `encode_rows`, on the host alone: it may run while another thread computes."""
+        return self._tokenizer(texts, [prompt] * len(texts))
+
+    def encode_tokenized(
+        self,
+        tokenized: Sequence[Tokenized | Rejected],
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> tuple[np.ndarray, list[str | None], int]:
+        """The second half of `encode_rows`: pack the texts, run them, pool; it returns what `encode_rows` does."""
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         dim = self.get_embedding_dimension()
         if truncate_dim is not None and not 1 <= truncate_dim <= dim:
             raise ValueError(f"truncate_dim must be from 1 to {dim}, got {truncate_dim}")
-        prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
-        vectors = np.zeros((len(texts), truncate_dim or dim), dtype=PRECISIONS[precision])
-        reasons: list[str | None] = [None] * len(texts)
+        vectors = np.zeros((len(tokenized), truncate_dim or dim), dtype=PRECISIONS[precision])
+        reasons = [text.reason if isinstance(text, Rejected) else None for text in tokenized]
+        rows = [row for row, reason in enumerate(reasons) if reason is None]
         num_tokens = 0
-        for start in range(0, len(texts), _WINDOW):
-            end = min(start + _WINDOW, len(texts))
-            tokenized = self._tokenizer(texts[start:end], prompts[start:end])
-            rows = []
-            for row, result in enumerate(tokenized, start):
-                if isinstance(result, Rejected):
-                    reasons[row] = result.reason
-                else:
-                    rows.append(row)
-            found = [tokenized[row - start] for row in rows]
-            for slab, batch in self._slabs([text for text in found if isinstance(text, Tokenized)]):
-                pooled = pool(
-                    self.runner(batch, self.windows),
-                    batch.cu_seqlens,
-                    pool_starts=batch.pool_starts,
-                    mode=self.pooling,  # type: ignore[arg-type]  # checked when the encoder was made
-                    norm_weight=self.model.norm.weight.detach(),
-                    norm_eps=self.config.rms_norm_eps,
-                    truncate_dim=truncate_dim,
-                    normalize=normalize_embeddings,
-                )
-                places = [rows[index] for index in slab]
-                quantized = _quantize(pooled, precision)
-                finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1, keepdim=True)  # float16 can overflow
-                vectors[places] = quantized.where(finite, 0).cpu().numpy()
-                for place, good in zip(places, finite.flatten().tolist(), strict=True):
-                    if not good:
-                        reasons[place] = "the model gives a vector that is not finite"
-                num_tokens += batch.num_tokens
-                if progress is not None:
-                    progress(len(slab), batch.num_tokens)
+        for slab, batch in self._slabs([text for text in tokenized if isinstance(text, Tokenized)]):
+            pooled = pool(
+                self.runner(batch, self.windows),
+                batch.cu_seqlens,
+                pool_starts=batch.pool_starts,
+                mode=self.pooling,  # type: ignore[arg-type]  # checked when the encoder was made
+                norm_weight=self.model.norm.weight.detach(),
+                norm_eps=self.config.rms_norm_eps,
+                truncate_dim=truncate_dim,
+                normalize=normalize_embeddings,
+            )
+            places = [rows[index] for index in slab]
+            quantized = _quantize(pooled, precision)
+            finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1, keepdim=True)  # float16 can overflow
+            vectors[places] = quantized.where(finite, 0).cpu().numpy()
+            for place, good in zip(places, finite.flatten().tolist(), strict=True):
+                if not good:
+                    reasons[place] = "the model gives a vector that is not finite"
+            num_tokens += batch.num_tokens
+            if progress is not None:
+                progress(len(slab), batch.num_tokens)
         return vectors, reasons, num_tokens
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
@@ -302,6 +323,10 @@ class Encoder:
     def describe(self) -> dict[str, Any]:
         """What was loaded, which choices were made and why, and the self-test's result; texts, numbers and lists."""
         return describe(self)
+
+    def identity(self) -> dict[str, Any]:
+        """All that a vector's bits depend on but its text and the arguments of `encode`; every file is read once."""
+        return identity(self)
 
     def _texts_and_prompts(
         self, sentences: Sequence, prompt_name: str | None, prompt: str | None

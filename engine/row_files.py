@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line is a bad row: a file that is one endless line must not fill the memory
 _PARQUET_BATCH_ROWS = 2048
+_OFFSETS_CHUNK = 2**18
 
 
 class InputFile(NamedTuple):
@@ -48,6 +49,19 @@ class Column(NamedTuple):
     required: bool = True
 
 
+class Start(NamedTuple):
+    """Where to begin in a file: behind the rows at places up to `after`.
+
+    `offset`, where it is not 0, is the byte at which place `after + 1` begins, from `line_offsets`.
+    """
+
+    after: int = 0
+    offset: int = 0
+
+
+_BEGINNING = Start()
+
+
 class FileRow(NamedTuple):
     line: int
     values: Sequence[Any]  # one a column
@@ -68,16 +82,16 @@ class RowError(ValueError):
     """A bad row where none is allowed: `file:line: reason`."""
 
 
-def read_file(file: InputFile, columns: Sequence[Column]) -> Iterator[FileRow | BadRow]:
-    """Every row of `file` in order, good or bad; a file that cannot be read (further) is one bad row.
+def read_file(file: InputFile, columns: Sequence[Column], start: Start = _BEGINNING) -> Iterator[FileRow | BadRow]:
+    """Every row of `file` from `start` on, good or bad; a file that cannot be read (further) is one bad row.
 
     Raises:
         ValueError: the file lacks a required column (the columns present are listed: for JSONL, the keys of its first
             object), has one twice, or has one with a type that can hold no such values.
     """
-    path, line = str(file.path), 0
+    path, line = str(file.path), start.after
     try:
-        for line, values in FORMATS[file.format](file, columns):
+        for line, values in FORMATS[file.format](file, columns, start):
             reason = values if isinstance(values, _Fault) else _first_fault(columns, values)
             yield FileRow(line, values) if reason is None else BadRow(path, line, str(reason))
     except _Unreadable as error:
@@ -93,6 +107,38 @@ def column_names(file: InputFile) -> list[str]:
         return NAMES[file.format](file)
     except (_Unreadable, OSError, EOFError, zlib.error):
         return []
+
+
+def line_offsets(file: InputFile, lines: Sequence[int]) -> list[int]:
+    """The bytes at which some lines (ascending) of a file begin; 0 for each where its format cannot begin at a byte.
+
+    Raises:
+        ValueError: the file has fewer lines.
+    """
+    if file.compressed or file.format not in ("txt", "jsonl"):
+        return [0] * len(lines)
+    offsets: list[int] = []
+    wanted = list(reversed(lines))
+    with open(file.path, "rb") as stream:
+        line, base = 1, 0  # `line` begins at or before `base`
+        while wanted and wanted[-1] == line:
+            offsets.append(base)
+            wanted.pop()
+        while wanted and (chunk := stream.read(_OFFSETS_CHUNK)):
+            place = 0
+            num_lines = chunk.count(b"\n")
+            while wanted and wanted[-1] <= line + num_lines:
+                while line < wanted[-1]:
+                    place = chunk.index(b"\n", place) + 1
+                    line += 1
+                    num_lines -= 1
+                offsets.append(base + place)
+                wanted.pop()
+            line += num_lines
+            base += len(chunk)
+    if wanted:
+        raise ValueError(f"{file.path}: the file has no line {wanted[-1]} any more: it has changed")
+    return offsets
 
 
 def text_fault(value: Any, what: str = "text") -> str | None:
@@ -177,14 +223,20 @@ def _decoded(value: bytes) -> str | _Fault:
         return _Fault(f"invalid UTF-8: byte 0x{value[error.start]:02x} at position {error.start + 1}")
 
 
-def _lines(file: InputFile) -> Iterator[tuple[int, bytes | _Fault]]:
+def _lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, bytes | _Fault]]:
     """Numbered physical lines with their line ends, without the byte order mark; a too long one is bad."""
     opener: Callable[..., Any] = gzip.open if file.compressed else open
     with opener(file.path, "rb") as stream:
-        number = 0
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), start=1):
-            if len(line) > MAX_ROW_BYTES:
+        number = start.after if start.offset else 0
+        stream.seek(start.offset)
+        for line in iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""):
+            number += 1
+            too_long = len(line) > MAX_ROW_BYTES
+            if too_long:
                 _skip_line(stream, line)
+            if number <= start.after:
+                continue
+            if too_long:
                 yield number, _Fault(f"longer than {MAX_ROW_BYTES:,} bytes")
             else:
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -197,12 +249,12 @@ def _skip_line(stream: BinaryIO, piece: bytes) -> None:
         piece = stream.readline(MAX_ROW_BYTES)
 
 
-def _read_txt(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]:
+def _read_txt(file: InputFile, columns: Sequence[Column], start: Start) -> Iterator[_Record]:
     for column in columns[1:]:
         if column.required:
             raise ValueError(f"{file.path}: a .txt file has no columns, so no {column.what} column {column.name!r}")
     absent = [None] * len(columns[1:])
-    for number, line in _lines(file):
+    for number, line in _lines(file, start):
         text = line if isinstance(line, _Fault) else _decoded(line.removesuffix(b"\n").removesuffix(b"\r"))
         yield number, [text, *absent]
 
@@ -222,9 +274,9 @@ def _no_constant(literal: str) -> Any:
 _parse_json = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant).decode
 
 
-def _read_jsonl(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]:
-    first = True
-    for number, line in _lines(file):
+def _read_jsonl(file: InputFile, columns: Sequence[Column], start: Start) -> Iterator[_Record]:
+    first = start == _BEGINNING
+    for number, line in _lines(file, start):
         row: Any = line
         if not isinstance(line, _Fault):
             if not line.strip():
@@ -284,7 +336,7 @@ def _csv_reader(file: InputFile) -> tuple[Any, list[str]]:
         raise _Unreadable(f"the header is not CSV: {error}") from error
 
 
-def _read_csv(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]:
+def _read_csv(file: InputFile, columns: Sequence[Column], start: Start) -> Iterator[_Record]:
     reader, header = _csv_reader(file)
     places = [(_place(file, header, column), column.required) for column in columns]
     while True:
@@ -297,9 +349,10 @@ def _read_csv(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]:
             if "field limit" in str(error):
                 raise _Unreadable("a field is too long: a quote that is never closed?") from error
             never_closed = "unexpected end of data" in str(error)
-            yield number, _Fault("a quote is opened and never closed" if never_closed else f"invalid CSV: {error}")
+            if number > start.after:
+                yield number, _Fault("a quote is opened and never closed" if never_closed else f"invalid CSV: {error}")
             continue
-        if not row:
+        if not row or number <= start.after:
             continue
         if len(row) != len(header):
             yield number, _Fault(f"{len(row)} fields, but the header has {len(header)}")
@@ -317,7 +370,7 @@ def _field(value: str) -> str | _Fault:
     return value if value.isascii() else _decoded(value.encode("utf-8", "surrogateescape"))
 
 
-def _read_parquet(file: InputFile, columns: Sequence[Column]) -> Iterator[_Record]:
+def _read_parquet(file: InputFile, columns: Sequence[Column], start: Start) -> Iterator[_Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -329,15 +382,21 @@ def _read_parquet(file: InputFile, columns: Sequence[Column]) -> Iterator[_Recor
             for column in columns:
                 if column.name in present:
                     _check_type(file, column, schema.field(column.name).type)
+            first_group, sizes = 0, [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            while first_group < len(sizes) and number + sizes[first_group] <= start.after:
+                number += sizes[first_group]
+                first_group += 1
+            groups = range(first_group, len(sizes))
             # without pre-buffering, memory holds one row group's pages of these columns at most
-            for batch in parquet.iter_batches(_PARQUET_BATCH_ROWS, columns=present):
+            for batch in parquet.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=present):
                 absent = [None] * batch.num_rows
                 values = [
                     _values(batch.column(column.name)) if column.name in present else absent for column in columns
                 ]
                 for row in zip(*values, strict=True):
                     number += 1
-                    yield number, row
+                    if number > start.after:
+                        yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         empty = file.path.exists() and file.path.stat().st_size == 0
         raise _Unreadable("the file is empty" if empty else f"the file cannot be read: {error}") from error
@@ -398,7 +457,7 @@ def _missing(file: InputFile, column: str, columns: list[str]) -> str:
     return f"{file.path}: no column {column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
 
 
-FORMATS: dict[str, Callable[[InputFile, Sequence[Column]], Iterator[_Record]]] = {
+FORMATS: dict[str, Callable[[InputFile, Sequence[Column], Start], Iterator[_Record]]] = {
     "txt": _read_txt,
     "jsonl": _read_jsonl,
     "csv": _read_csv,

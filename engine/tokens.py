@@ -1,15 +1,24 @@
 """Text to token ids: prompt and text are joined as given and tokenised once; the text's first token is found by offset.
 
 Special-token strings inside a text (`</s>`, `<|eot_id|>`) are plain text. Texts are cut to `max_length` tokens, special
-tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do.
+tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do. A long text is cut
+before it is tokenised, where that cannot change its first tokens.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 import transformers
+
+# a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
+_PREFIX_CHARACTERS = 8
+# a space after another character in a token: as it is, as in SentencePiece, as in byte-level BPE; these also begin
+# byte-level white space (Ċ is a line feed, ĉ a tab, č a carriage return) and are no other characters
+_SPACE_INSIDE = re.compile("[^ ▁Ġ\\sĊĉč][ ▁Ġ]")
 
 
 class Tokenized(NamedTuple):
@@ -38,15 +47,37 @@ class TextTokenizer:
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
+        self._cuts_before_spaces = _cuts_before_spaces(self._backend)
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         """Tokenise `prompt + text` for each pair; a text that leaves nothing to pool is `Rejected`, never guessed."""
         results: list[Tokenized | Rejected | None] = [_reject(text, p) for text, p in zip(texts, prompts, strict=True)]
         good = [i for i, result in enumerate(results) if result is None]
-        encodings = self._backend.encode_batch([prompts[i] + texts[i] for i in good])
-        for i, encoding in zip(good, encodings, strict=True):
-            results[i] = self._locate(encoding, prompts[i])
+        num_characters = _PREFIX_CHARACTERS * self.max_length
+        while good:
+            whole = [prompts[i] + texts[i] for i in good]
+            ends = [self._prefix_end(text, num_characters) for text in whole]
+            encodings = self._backend.encode_batch([text[:end] for text, end in zip(whole, ends, strict=True)])
+            again = []
+            for i, text, end, encoding in zip(good, whole, ends, encodings, strict=True):
+                if end < len(text) and len(encoding.ids) < self.max_length:
+                    again.append(i)
+                else:
+                    results[i] = self._locate(encoding, prompts[i])
+            good = again
+            num_characters *= 4
         return [result for result in results if result is not None]
+
+    def _prefix_end(self, text: str, num_characters: int) -> int:
+        """Where to cut: the last place before `num_characters` at which a space follows a character that is none."""
+        while self._cuts_before_spaces and 2 * num_characters < len(text):
+            end = text.rfind(" ", 0, num_characters)
+            while end > 0 and (text[end - 1].isspace() or text[end - 1] == "▁"):  # which SentencePiece takes for one
+                end = text.rfind(" ", 0, end)
+            if end > 0:
+                return end
+            num_characters *= 4
+        return len(text)
 
     def _locate(self, encoding: tokenizers.Encoding, prompt: str) -> Tokenized | Rejected:
         ids = encoding.ids
@@ -61,6 +92,19 @@ class TextTokenizer:
         return Rejected(
             f"no token of the text is left after the prompt ({len(ids)} tokens, max_length {self.max_length})"
         )
+
+
+def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a space after another character always begins a token, so that what follows it changes nothing before.
+
+    It does in BPE when no token of the vocabulary holds a space after another character: every merge gives a token.
+    What the pre-tokenizer looks ahead for is white space at the end of a run of it, and a cut leaves none there.
+    """
+    description = json.loads(backend.to_str())
+    if description["model"]["type"] != "BPE" or description["model"].get("dropout"):
+        return False
+    stripping = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"] if not token["special"])
+    return not stripping and not any(map(_SPACE_INSIDE.search, backend.get_vocab()))
 
 
 def as_prompt(instruction: str) -> str:

@@ -1,28 +1,32 @@
-"""The embedding job: check all that can be checked, load the model, then read, embed and write a window at a time.
+"""The embedding job: check all that can be checked, load the model, then read, embed and write.
 
-Every row that is read is either written or failed. With `on_error="fail"` the first failure ends the job and leaves no
-output; with `"skip"` failures go to `OUT.errors.jsonl` and the job goes on.
+Every row that is read is either written or failed. With `on_error="fail"` the first failure ends the job; with `"skip"`
+failures go to `OUT.errors.jsonl` and the job goes on. A job into one file leaves all of it or nothing; one into a
+folder keeps the shards that are done and can be resumed (`manifest.py`).
 """
 
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
 
-import numpy as np
 from tqdm import tqdm
 
-from .. import __version__
 from ..engine.input_files import find_files
-from ..engine.row_files import BadRow, RowError
-from .readers import Row, check_rows, read_rows
-from .writers import EmbeddingOutput
+from ..engine.row_files import BadRow, InputFile
+from . import manifest
+from .folder import OutputFolder
+from .manifest import Manifest
+from .readers import Shard, check_rows, fingerprint
+from .shards import Done, FileShards, RowEncoder, embed_shards, stamp
+from .workers import Load, Plan, in_processes, in_this_process, provenance_of, rows_and_dimension, visible_gpus
+from .writers import OutputFile
 
-# texts are packed by length within a window, so it is large; long texts end it earlier, so that memory stays flat
-_WINDOW_ROWS = 8192
-_WINDOW_CHARACTERS = 2**25
+# a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
+_ROWS_PER_SHARD = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,51 +51,45 @@ class EmbedSettings:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    workers: int | None = None
+    shard: str | None = None
+    ray: str | None = None
     limit: int | None = None
     on_error: Literal["fail", "skip"] = "fail"
+    resume: bool = False
     overwrite: bool = False
-
-
-class RowEncoder(Protocol):
-    """The part of `Encoder` that a job uses."""
-
-    prompts: dict[str, str]
-    default_prompt_name: str | None
-
-    def get_embedding_dimension(self) -> int: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def encode_rows(
-        self,
-        texts: Sequence[str],
-        *,
-        prompt: str,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        precision: Any,
-        progress: Callable[[int, int], object] | None,
-    ) -> tuple[np.ndarray, list[str | None], int]: ...
 
 
 @dataclass
 class Summary:
-    """What a job did: `num_read == num_written + num_failed`."""
+    """What this run did: `num_read == num_written + num_failed`."""
 
     output: str
     num_read: int = 0
     num_written: int = 0
     num_failed: int = 0
     num_tokens: int = 0
+    num_shards_before: int = 0  # that were done when this run began
+    num_shards_left: int = 0  # that other runs have to do, with `shard`
     seconds: float = 0.0  # from the first text read to the output in place, without loading the model
     unreadable: list[BadRow] = field(default_factory=list)  # files, or what was left of them, that count as one failure
+
+    def add(self, done: Done) -> None:
+        """Counts a shard."""
+        self.num_read += done.num_written + len(done.bad_rows)
+        self.num_written += done.num_written
+        self.num_failed += len(done.bad_rows)
+        self.num_tokens += done.num_tokens
+        self.unreadable += [row for row in done.bad_rows if row.rest_lost]
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         rates = f"{self.num_written / seconds:,.0f} texts/s, {self.num_tokens / seconds:,.0f} tokens/s"
+        before = f"; {self.num_shards_before:,} shards were done before" if self.num_shards_before else ""
+        left = f"; {self.num_shards_left:,} shards of other shares are not done yet" if self.num_shards_left else ""
         return (
             f"read {self.num_read:,} = written {self.num_written:,} + failed {self.num_failed:,} "
-            f"in {self.seconds:,.1f} s ({rates}): {self.output}"
+            f"in {self.seconds:,.1f} s ({rates}): {self.output}{before}{left}"
         )
 
 
@@ -110,117 +108,178 @@ def load_encoder(settings: EmbedSettings) -> RowEncoder:
     )
 
 
-def run(settings: EmbedSettings, load: Callable[[EmbedSettings], RowEncoder] = load_encoder) -> Summary:
-    """Embeds `settings.inputs` into `settings.output`; on any exception, an interrupt too, no output is left.
+def run(
+    settings: EmbedSettings,
+    load: Load = load_encoder,
+    before_loading: Callable[[], object] = lambda: None,
+) -> Summary:
+    """Embeds `settings.inputs` into `settings.output`.
 
+    Args:
+        load: makes the encoder, once a worker; with several it must be a module's function.
+        before_loading: called once all that needs no model is checked.
     Raises:
         RowError: a bad row with `on_error="fail"`: `file:line: reason`.
-        ValueError, FileNotFoundError, FileExistsError: inputs or an output that cannot work, before the model loads.
-        OSError: the disk is full, or the like.
+        ValueError, FileNotFoundError, FileExistsError: settings, inputs or an output that cannot work, before the model
+            loads; ValueError also where a job to resume was begun otherwise, with a line a field.
+        OSError: the disk is full, an input vanished, a worker died, or the like.
     """
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"limit must be at least 1, got {settings.limit}")
-    on_terminal = sys.stderr.isatty()
+    if settings.workers is not None and settings.workers < 1:
+        raise ValueError(f"workers must be at least 1, got {settings.workers}")
+    if settings.overwrite and (settings.resume or settings.shard):
+        raise ValueError("--overwrite must not be given with --resume or --shard, which keep what is done")
     files = find_files(settings.inputs)
-    with EmbeddingOutput(settings.output, overwrite=settings.overwrite) as output:
+    job = _embed_into_file if Path(settings.output).suffix == ".parquet" else _embed_into_folder
+    return job(settings, files, load, before_loading)
+
+
+def _embed_into_file(
+    settings: EmbedSettings, files: list[InputFile], load: Load, before_loading: Callable[[], object]
+) -> Summary:
+    for option in ("resume", "shard", "ray"):
+        if getattr(settings, option):
+            raise ValueError(f"--{option} needs a folder as the output; {settings.output} is one file, all or nothing")
+    if (settings.workers or 1) > 1:
+        raise ValueError(f"--workers needs a folder as the output; {settings.output} is one file")
+    with OutputFile(settings.output, overwrite=settings.overwrite) as output:
         output.check_inputs(files)
-        with tqdm(desc="checking", unit=" rows", unit_scale=True, leave=False, disable=not on_terminal) as bar:
-            num_rows = check_rows(
+        plan = _plan(settings, files, list(map(stamp, files)), load, inputs=[])
+        before_loading()
+        encoder = load(settings)
+        rows, dimension = rows_and_dimension(plan, encoder)
+        output.begin(dimension, settings.precision, provenance_of(plan, rows, encoder))
+        summary = Summary(settings.output)
+        with _Progress(plan, summary) as progress:
+            progress.start()
+            numbers = range(len(plan.shards))
+            embed_shards(
+                rows, numbers, encoder, FileShards(output), on_done=progress.on_done, progress=progress.on_pass
+            )
+            output.commit()
+    return summary
+
+
+def _embed_into_folder(
+    settings: EmbedSettings, files: list[InputFile], load: Load, before_loading: Callable[[], object]
+) -> Summary:
+    share = None if settings.shard is None else _parse_share(settings.shard)
+    with OutputFolder(settings.output, overwrite=settings.overwrite, resume=settings.resume, share=share) as folder:
+        folder.check_inputs(files)
+        stamps = list(map(stamp, files))
+        inputs = fingerprint(files)
+        earlier = None if settings.overwrite else Manifest.read(folder.path)
+        plan = _plan(settings, files, stamps, load, inputs, earlier.shards if earlier else None)
+        first, step = share or (0, 1)
+        mine = range(first, len(plan.shards), step)
+        if earlier:
+            earlier.refuse_changes(folder.path, Manifest(plan.configuration(), inputs, plan.shards))
+            pending = [number for number in mine if not manifest.is_done(folder.path, number)]
+        else:
+            pending = list(mine)
+        before_loading()
+        summary = Summary(settings.output, num_shards_before=len(mine) - len(pending))
+        begun = False
+
+        def on_ready(found: Manifest) -> None:
+            nonlocal begun
+            if settings.overwrite and not begun:
+                folder.clear()
+            found.create(folder.path)
+            if not begun:
+                manifest.remove_orphans(folder.path, pending)
+                progress.start()
+            begun = True
+
+        with _Progress(plan, summary, pending) as progress:
+            if settings.ray is not None:
+                from .ray import on_ray
+
+                on_ray(plan, pending, on_ready, progress.on_done, address=settings.ray, num_workers=settings.workers)
+            elif (num_workers := _num_workers(settings, len(pending))) > 1:
+                in_processes(plan, pending, on_ready, progress.on_done, num_workers)
+            else:
+                in_this_process(plan, pending, on_ready, progress.on_done, progress.on_pass)
+            summary.num_shards_left = sum(not manifest.is_done(folder.path, n) for n in range(len(plan.shards)))
+            if not summary.num_shards_left:
+                manifest.write_errors(folder.path, len(plan.shards))
+    return summary
+
+
+def _plan(
+    settings: EmbedSettings,
+    files: list[InputFile],
+    stamps: list[tuple[int, int] | None],
+    load: Load,
+    inputs: list[dict],
+    shards: list[Shard] | None = None,
+) -> Plan:
+    """Reads all rows once, unless a manifest has told the shards."""
+    if shards is None:
+        with tqdm(desc="checking", unit=" rows", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+            shards = check_rows(
                 files,
                 text_column=settings.text_column,
                 id_column=settings.id_column,
                 limit=settings.limit,
                 on_error=settings.on_error,
+                rows_per_shard=_ROWS_PER_SHARD,
                 progress=bar.update,
             )
-        encoder = load(settings)
-        prompt = settings.instruction
-        if prompt is None:
-            prompt = encoder.prompts.get(encoder.default_prompt_name or "", "")
-        dimension = encoder.get_embedding_dimension()
-        if settings.truncate_dim is not None:
-            if not 1 <= settings.truncate_dim <= dimension:
-                raise ValueError(f"truncate_dim must be from 1 to {dimension}, got {settings.truncate_dim}")
-            dimension = settings.truncate_dim
-        output.begin(dimension, settings.precision, _provenance(settings, prompt, encoder))
-        rows = read_rows(files, text_column=settings.text_column, id_column=settings.id_column)
-        summary = Summary(settings.output)
-        start = time.perf_counter()
-        with tqdm(total=num_rows, desc="embedding", unit=" texts", disable=not on_terminal) as bar:
-            for window in _windows(islice(rows, num_rows)):
-                _embed_window(window, settings, prompt, encoder, output, summary, bar)
-        output.commit()
-        summary.seconds = time.perf_counter() - start
-    return summary
+    return Plan(settings=settings, load=load, files=files, stamps=stamps, inputs=inputs, shards=shards)
 
 
-def _windows(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    window: list[Row | BadRow] = []
-    num_characters = 0
-    for row in rows:
-        window.append(row)
-        num_characters += len(row.text) if isinstance(row, Row) else 0
-        if len(window) == _WINDOW_ROWS or num_characters >= _WINDOW_CHARACTERS:
-            yield window
-            window, num_characters = [], 0
-    if window:
-        yield window
+def _parse_share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"shard must be I/N with I from 0 to N - 1, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
-def _embed_window(
-    window: list[Row | BadRow],
-    settings: EmbedSettings,
-    prompt: str,
-    encoder: RowEncoder,
-    output: EmbeddingOutput,
-    summary: Summary,
-    bar: tqdm,
-) -> None:
-    num_tokens_before = summary.num_tokens
-    running = [0]
-
-    def progress(num_texts: int, num_tokens: int) -> None:
-        running[0] += num_tokens
-        rate = (num_tokens_before + running[0]) / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        bar.update(num_texts)
-
-    good = [row for row in window if isinstance(row, Row)]
-    vectors, reasons, num_tokens = encoder.encode_rows(
-        [row.text for row in good],
-        prompt=prompt,
-        normalize_embeddings=settings.normalize,
-        truncate_dim=settings.truncate_dim,
-        precision=settings.precision,
-        progress=progress,
-    )
-    finite = np.isfinite(vectors).all(axis=1)
-    reasons = [
-        reason or (None if ok else "its vector is not finite") for reason, ok in zip(reasons, finite, strict=True)
-    ]
-    outcome = iter(reasons)
-    for row in window:
-        if isinstance(row, Row):
-            reason = next(outcome)
-            if reason is None:
-                continue
-            row = BadRow(row.file, row.line, reason)
-        if settings.on_error == "fail":
-            raise RowError(str(row))
-        output.fail(row)
-        summary.num_failed += 1
-        if row.rest_lost:
-            summary.unreadable.append(row)
-    kept = np.array([reason is None for reason in reasons], dtype=bool)
-    output.write([row.id for row, keep in zip(good, kept, strict=True) if keep], vectors[kept])
-    summary.num_read += len(window)
-    summary.num_written += int(kept.sum())
-    summary.num_tokens += num_tokens
-    bar.update(summary.num_read - bar.n)  # bad rows count as read
+def _num_workers(settings: EmbedSettings, num_pending: int) -> int:
+    """As many as asked for, by default one a visible GPU; never more than there are shards."""
+    if settings.workers is not None:
+        return min(settings.workers, num_pending)
+    if settings.device not in ("auto", "cuda") or num_pending < 2:
+        return 1
+    return min(len(visible_gpus()) or 1, num_pending)
 
 
-def _provenance(settings: EmbedSettings, prompt: str, encoder: RowEncoder) -> dict[str, Any]:
-    asked = asdict(settings)
-    for name in ("inputs", "output", "instruction", "overwrite", "on_error"):
-        del asked[name]
-    return {"bivec": __version__, **asked, "prompt": prompt, "encoder": encoder.describe()}
+class _Progress:
+    """Counts into the summary, times the work, and shows it on a terminal."""
+
+    def __init__(self, plan: Plan, summary: Summary, numbers: Sequence[int] | None = None):
+        self._summary = summary
+        chosen = range(len(plan.shards)) if numbers is None else numbers
+        num_rows = sum(plan.shards[number].num_rows for number in chosen)
+        self._bar = tqdm(total=num_rows, desc="embedding", unit=" texts", disable=not sys.stderr.isatty())
+        self._num_tokens = 0
+        self._start: float | None = None
+
+    def on_pass(self, num_texts: int, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+        self._show()
+        self._bar.update(num_texts)
+
+    def on_done(self, done: Done) -> None:
+        self._summary.add(done)
+        self._num_tokens = max(self._num_tokens, self._summary.num_tokens)
+        self._show()
+        self._bar.update(max(self._summary.num_read - self._bar.n, 0))  # bad rows and texts that stand twice, too
+
+    def _show(self) -> None:
+        rate = self._num_tokens / max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+
+    def start(self) -> None:
+        """The model is loaded: from here on time counts."""
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._start is not None:
+            self._summary.seconds = time.perf_counter() - self._start

@@ -4,15 +4,16 @@ Without an id column the id of a row is its place, `name:line`, where the name i
 a folder or by a pattern, its path below that folder or below the pattern's fixed part.
 """
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.row_files import BadRow, Column, InputFile, RowError, read_file
+from ..engine.row_files import BadRow, Column, InputFile, RowError, Start, line_offsets, read_file
 
 _MAX_NAMED_DUPLICATES = 5
 
@@ -24,10 +25,22 @@ class Row(NamedTuple):
     text: str
 
 
+class Shard(NamedTuple):
+    """A range of rows: `num_rows` of them from a place in an input file on; it may reach into the next files."""
+
+    file: int
+    start: Start
+    num_rows: int
+
+
 def read_rows(
-    files: Iterable[InputFile], *, text_column: str = "text", id_column: str | None = None
+    files: Iterable[InputFile],
+    *,
+    text_column: str = "text",
+    id_column: str | None = None,
+    start: Start | None = None,
 ) -> Iterator[Row | BadRow]:
-    """Every row of `files` in order, good or bad; a file that cannot be read (further) is one bad row.
+    """Every row of `files` in order, the first from `start` on; a file that cannot be read (further) is one bad row.
 
     Raises:
         ValueError: a file lacks a column, has it twice, or has it with a type that can hold no text (or no id).
@@ -37,7 +50,9 @@ def read_rows(
         columns.append(Column(id_column, "id", "id"))
     for file in files:
         path, name = str(file.path), file.name
-        for row in read_file(file, columns):
+        rows = read_file(file, columns, start or Start())
+        start = None
+        for row in rows:
             if isinstance(row, BadRow):
                 yield row
             else:
@@ -52,9 +67,10 @@ def check_rows(
     id_column: str | None = None,
     limit: int | None = None,
     on_error: str = "fail",
+    rows_per_shard: int = 2**14,
     progress: Callable[[int], object] | None = None,
-) -> int:
-    """Reads the rows once, before any model is loaded, and returns how many there are (at most `limit`).
+) -> list[Shard]:
+    """Reads the rows once, before any model is loaded, and divides them (at most `limit`) into shards.
 
     This costs a fraction of embedding them, and what would end a job hours later ends it now. Ids are kept as 8-byte
     hashes, 16 bytes a row while they are sorted; only when two hashes agree are the rows read again to compare the ids.
@@ -66,11 +82,17 @@ def check_rows(
     if id_column is None:
         _check_names(files)
 
-    def rows() -> Iterator[Row | BadRow]:
-        return islice(read_rows(files, text_column=text_column, id_column=id_column), limit)
+    def rows_of(index: int) -> Iterator[tuple[int, Row | BadRow]]:
+        return ((index, row) for row in read_rows([files[index]], text_column=text_column, id_column=id_column))
+
+    def rows() -> Iterator[tuple[int, Row | BadRow]]:
+        return islice(chain.from_iterable(map(rows_of, range(len(files)))), limit)
 
     num_rows, hashes = 0, array("q")
-    for row in rows():
+    places: list[tuple[int, int]] = []  # where the shards begin: file and line
+    for index, row in rows():
+        if num_rows % rows_per_shard == 0:
+            places.append((index, row.line or 1))
         num_rows += 1
         if isinstance(row, BadRow):
             if on_error == "fail":
@@ -85,10 +107,36 @@ def check_rows(
     ordered = np.sort(np.array(hashes, dtype=np.int64))
     repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     if repeated:
-        duplicates = _duplicates(row for row in rows() if isinstance(row, Row) and hash(row.id) in repeated)
+        duplicates = _duplicates(row for _, row in rows() if isinstance(row, Row) and hash(row.id) in repeated)
         if duplicates:
             raise ValueError(f"ids of column {id_column!r} must be unique, but {'; '.join(duplicates)}")
-    return num_rows
+    starts = [
+        (index, Start(line - 1, offset))
+        for index, group in groupby(places, key=lambda place: place[0])
+        for line, offset in _with_offsets(files[index], [line for _, line in group])
+    ]
+    left = (num_rows - number * rows_per_shard for number in range(len(starts)))
+    return [Shard(*start, min(rows_per_shard, rest)) for start, rest in zip(starts, left, strict=True)]
+
+
+def _with_offsets(file: InputFile, lines: list[int]) -> Iterator[tuple[int, int]]:
+    try:
+        return zip(lines, line_offsets(file, lines), strict=True)
+    except OSError:  # a file that cannot be read is one bad row, and was
+        return zip(lines, [0] * len(lines), strict=True)
+
+
+def fingerprint(files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """Each file's name, size and SHA-256, by which a change between runs is seen wherever the files now lie."""
+    found: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            with file.path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                found.append({"name": file.name, "bytes": stream.tell(), "sha256": digest})
+        except OSError:
+            found.append({"name": file.name, "bytes": 0, "sha256": "unreadable"})
+    return found
 
 
 def _check_names(files: Iterable[InputFile]) -> None:

@@ -4,6 +4,7 @@ Without a GPU the Triton kernels are interpreted.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -105,6 +106,30 @@ def tiny_llama_folder(checkpoint_folders) -> Path:
 def make_checkpoint():
     """`save_checkpoint`, for tests that need a checkpoint of their own."""
     return save_checkpoint
+
+
+def run_in_child(action) -> int:
+    """Run `action` in a fork of this process, with one thread; returns its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            action()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="session")
+def exit_code():
+    """`run_in_child`, for tests that kill what they run."""
+    return run_in_child
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`Encoder.encode`: what each kind of text gives, prompts, precisions, and the names of sentence-transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -294,3 +295,35 @@ def test_encode_refuses_bad_arguments(encoder, arguments, message):
 def test_encode_refuses_what_is_no_text(encoder):
     with pytest.raises(ValueError, match=r"sentences\[1\] must be a str"):
         encoder.encode(["fine", 7])
+
+
+def test_identity_is_of_contents_not_of_names(tmp_path, make_checkpoint):
+    first = make_checkpoint(tmp_path / "first")
+    shutil.copytree(first, tmp_path / "moved")
+    found = Encoder.from_pretrained(first, dtype="float32").identity()
+    assert json.loads(json.dumps(found)) == found
+    assert Encoder.from_pretrained(tmp_path / "moved", dtype="float32").identity() == found
+
+    def changed(folder=first, **arguments) -> set[str]:
+        other = Encoder.from_pretrained(folder, **{"dtype": "float32", **arguments}).identity()
+        assert other.keys() == found.keys()
+        return {name for name in found if other[name] != found[name]}
+
+    assert changed(pooling="last") == {"pooling"}
+    assert changed(max_length=16) == {"max_length"}
+    assert changed(window=(-1, 0)) == {"window"}
+    assert "dtype" in changed(dtype="bfloat16")
+    assert changed(make_checkpoint(tmp_path / "second", seed=1)) == {"base"}
+    tokenizer = tmp_path / "moved" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert changed(tmp_path / "moved") == {"tokenizer"}
+
+
+def test_the_two_halves_of_encode_rows_are_the_whole(encoder):
+    texts = ["one", "\ud800", "a longer text than the first"]
+    tokenized = encoder.tokenize_rows(texts, prompt="find: ")
+    vectors, reasons, num_tokens = encoder.encode_tokenized(tokenized, normalize_embeddings=True)
+    expected = encoder.encode_rows(texts, prompt="find: ", normalize_embeddings=True)
+    assert np.array_equal(vectors, expected[0])
+    assert (reasons, num_tokens) == expected[1:]
+    assert [reason is None for reason in reasons] == [True, False, True]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bivec.engine import row_files
 from bivec.engine.input_files import find_files
-from bivec.engine.row_files import BadRow, Column, FileRow, column_names, read_file
+from bivec.engine.row_files import BadRow, Column, FileRow, Start, column_names, line_offsets, read_file
 
 TEXT, ID = Column("text"), Column("id", "id", "id")
 
@@ -473,3 +473,35 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         tracemalloc.stop()
     assert num_rows > 40_000
     assert peak < 300_000
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.parquet"])
+def test_reading_from_any_row_on_gives_the_rest(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(row_files, "_OFFSETS_CHUNK", 7)
+    path = tmp_path / name
+    texts = [f"text {n}" for n in range(12)]
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=5)
+    else:
+        lines = {
+            "txt": "\ufeff" + "".join(f"{text}\n" for text in texts).replace("text 4", ""),
+            "jsonl": "".join(f'{{"text": "{text}"}}\n\n' for text in texts) + '{"text": "torn',
+            "csv": "n,text\n" + "".join(f'{n},"{text}\n{n}"\n' for n, text in enumerate(texts)) + "1\n",
+        }[name.split(".")[1]].encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    (file,) = find_files([path])
+    rows = list(read_file(file, [TEXT]))
+    places = [row.line for row in rows]
+    offsets = line_offsets(file, places)
+    assert any(offsets) == (name in ("a.txt", "a.jsonl"))
+    for number, (line, offset) in enumerate(zip(places, offsets, strict=True)):
+        assert list(read_file(file, [TEXT], Start(line - 1, offset))) == rows[number:]
+        assert list(read_file(file, [TEXT], Start(line - 1))) == rows[number:]
+
+
+def test_a_line_that_is_not_there_any_more(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (file,) = find_files([tmp_path / "a.txt"])
+    assert line_offsets(file, [1, 2]) == [0, 4]
+    with pytest.raises(ValueError, match=r"a\.txt: the file has no line 4 any more"):
+        line_offsets(file, [2, 4])

@@ -1,10 +1,12 @@
 """`bivec embed …` with a stub for the model: a text's vector is its hash. Run as a script by the tests that kill it.
 
-With PAUSE_AT=n in the environment it prints "paused" at the n-th call of `encode_rows` and waits to be killed.
+A text with "<die once>" kills its process unless the file that DIED names is there, which it makes. With PAUSE_AT=n it
+prints "paused" at the n-th call of `encode_tokenized` and waits to be killed.
 """
 
 import hashlib
 import os
+import signal
 import sys
 import time
 
@@ -33,26 +35,45 @@ class StubEncoder:
     def describe(self) -> dict:
         return {"model": {"name": "stub"}}
 
-    def encode_rows(self, texts, *, prompt, normalize_embeddings, truncate_dim, precision, progress):
-        self.calls.append({"texts": list(texts), "prompt": prompt, "normalize": normalize_embeddings})
+    def identity(self) -> dict:
+        return {"base": "stub", "libraries": {"stub": "1"}}
+
+    def tokenize_rows(self, texts, *, prompt):
+        return [(prompt, text) for text in texts]
+
+    def encode_tokenized(self, tokenized, *, normalize_embeddings, truncate_dim, precision, progress):
+        texts = [text for _, text in tokenized]
+        prompt = tokenized[0][0] if tokenized else ""
+        self.calls.append({"texts": texts, "prompt": prompt, "normalize": normalize_embeddings})
         if len(self.calls) == int(os.environ.get("PAUSE_AT", 0)):
             print("paused", flush=True)
             time.sleep(60)
+        if any("<die once>" in text for text in texts) and not os.path.exists(os.environ["DIED"]):
+            open(os.environ["DIED"], "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
         vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = np.nan if "<nan>" in text else vector_of(prompt + text)
         with np.errstate(invalid="ignore"):
             vectors = vectors[:, :truncate_dim].astype(precision)
-        progress(len(texts), 3 * len(texts))
+        if progress is not None:
+            progress(len(texts), 3 * len(texts))
         reasons = ["it leaves no token" if "<none>" in text else None for text in texts]
         return vectors, reasons, 3 * len(texts)
+
+
+def load(_) -> StubEncoder:
+    from bivec.serving import shards
+
+    shards._WINDOW_ROWS = 2  # in every worker
+    return StubEncoder()
 
 
 if __name__ == "__main__":
     from bivec import cli
     from bivec.serving import job
 
-    job._WINDOW_ROWS = 2
-    job.load_encoder = lambda settings: StubEncoder()
+    job._ROWS_PER_SHARD = int(os.environ.get("ROWS_PER_SHARD", 10))
+    job.load_encoder = load
     sys.argv[0] = "bivec"
     cli.main()

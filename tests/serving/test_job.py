@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivec.engine.row_files import RowError
-from bivec.serving import job
+from bivec.serving import shards
 from bivec.serving.job import EmbedSettings, run
 
 
@@ -41,17 +40,10 @@ def not_loaded(_):
     raise AssertionError("the model must not be loaded")
 
 
-@pytest.fixture
-def texts(tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_text("".join(f"text {n}\n" for n in range(50)))
-    return path
-
-
 @pytest.mark.parametrize("window", [1, 7, 50, 8192])
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
 def test_vectors_belong_to_their_texts_in_input_order(embed, stub, texts, tmp_path, monkeypatch, window, name):
-    monkeypatch.setattr(job, "_WINDOW_ROWS", window)
+    monkeypatch.setattr(shards, "_WINDOW_ROWS", window)
     summary = embed(texts, output=str(tmp_path / name))
     assert (summary.num_read, summary.num_written, summary.num_failed, summary.num_tokens) == (50, 50, 0, 150)
     found = vectors_by_id(tmp_path / name)
@@ -61,7 +53,7 @@ def test_vectors_belong_to_their_texts_in_input_order(embed, stub, texts, tmp_pa
 
 
 def test_long_texts_end_a_window_early(embed, stub, texts, monkeypatch):
-    monkeypatch.setattr(job, "_WINDOW_CHARACTERS", 13)
+    monkeypatch.setattr(shards, "_WINDOW_CHARACTERS", 13)
     encoder = stub.StubEncoder()
     embed(texts, encoder=encoder)
     assert {len(call["texts"]) for call in encoder.calls[:-1]} == {2, 3}
@@ -113,7 +105,7 @@ BAD = b"one\n\nbad \xff\n<nan>\n<none>\nlast\n"
 
 
 def test_skip_writes_the_good_rows_and_lists_the_bad(embed, stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "_WINDOW_ROWS", 2)
+    monkeypatch.setattr(shards, "_WINDOW_ROWS", 2)
     path = tmp_path / "in.txt"
     path.write_bytes(BAD)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
@@ -161,7 +153,7 @@ def test_all_rows_failing_makes_an_empty_output_and_says_so(embed, tmp_path):
 def test_read_is_written_plus_failed(stub, tmp_path_factory, rows, window, limit):
     folder = tmp_path_factory.mktemp("job")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(job, "_WINDOW_ROWS", window)
+        monkeypatch.setattr(shards, "_WINDOW_ROWS", window)
         (folder / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
         chosen = EmbedSettings(
             inputs=[str(folder / "in.jsonl")],
@@ -190,12 +182,11 @@ def test_fail_stops_at_the_first_bad_row_before_the_model_loads(texts, tmp_path,
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
-@pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_fail_on_a_row_that_only_the_encoder_refuses_leaves_no_output(embed, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(job, "_WINDOW_ROWS", 2)
+def test_fail_on_a_row_that_only_the_encoder_refuses_leaves_no_file(embed, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_WINDOW_ROWS", 2)
     (tmp_path / "in.txt").write_text("a\nb\nc\n<none>\n")
     with pytest.raises(RowError, match=r"in\.txt:4: it leaves no token$"):
-        embed(tmp_path / "in.txt", output=str(tmp_path / name))
+        embed(tmp_path / "in.txt")
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
@@ -238,29 +229,19 @@ def test_an_input_that_vanishes_after_the_check_is_a_failure_with_its_name(stub,
         texts.unlink()
         return stub.StubEncoder()
 
-    with pytest.raises(RowError, match=r"in\.txt: the file cannot be read: No such file"):
+    with pytest.raises(OSError, match=r"in\.txt: the file was changed or removed after it was checked"):
         run(EmbedSettings(inputs=[str(texts)], output=str(tmp_path / "out.parquet"), model="stub"), load)
     assert os.listdir(tmp_path) == []
 
 
-def start(stub, *arguments, pause_at: int) -> subprocess.Popen:
-    """`bivec embed` with the stub, stopped in the middle."""
-    environment = {**os.environ, "PAUSE_AT": str(pause_at)}
-    command = [sys.executable, str(stub.script), "embed", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    if pause_at:
-        assert process.stdout.readline() == "paused\n", process.communicate()[1]
-    return process
-
-
-@pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(stub, texts, tmp_path, name):
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=3)
+def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(start, texts, tmp_path):
+    name = "out.parquet"
+    process = start(texts, "--output", tmp_path / name, pause_at=3)
     process.kill()
     process.communicate()
     assert not list(tmp_path.rglob("*.parquet")), "a file under a final name"
     assert list(tmp_path.rglob(".*.partial")), "the kill came too late to show anything"
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=0)
+    process = start(texts, "--output", tmp_path / name, pause_at=0)
     out, _ = process.communicate()
     assert process.returncode == 0
     assert out.startswith("read 50 = written 50 + failed 0 in ")
@@ -268,10 +249,10 @@ def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(s
     assert sorted(os.listdir(tmp_path)) == sorted(["in.txt", name])
 
 
-@pytest.mark.parametrize("name", ["out.parquet", "out"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_removes_temporary_files(stub, texts, tmp_path, name, number, status):
-    process = start(stub, texts, "--output", tmp_path / name, pause_at=3)
+def test_an_interrupt_removes_temporary_files(start, texts, tmp_path, number, status):
+    name = "out.parquet"
+    process = start(texts, "--output", tmp_path / name, pause_at=3)
     before = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate()
@@ -281,9 +262,9 @@ def test_an_interrupt_removes_temporary_files(stub, texts, tmp_path, name, numbe
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
-def test_two_runs_on_one_output(stub, texts, tmp_path):
-    first = start(stub, texts, "--output", tmp_path / "out.parquet", pause_at=1)
-    second = start(stub, texts, "--output", tmp_path / "out.parquet", pause_at=0)
+def test_two_runs_on_one_output(start, texts, tmp_path):
+    first = start(texts, "--output", tmp_path / "out.parquet", pause_at=1)
+    second = start(texts, "--output", tmp_path / "out.parquet", pause_at=0)
     _, err = second.communicate()
     first.kill()
     first.communicate()

@@ -20,28 +20,6 @@ from bivec.training.optimizer import Optimizer
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 
-def in_child(action) -> int:
-    """Run `action` in a fork of this process; returns its wait status."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            action()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
-
-
-def exit_code(action) -> int:
-    return os.waitstatus_to_exitcode(in_child(action))
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -65,13 +43,13 @@ def contents(output: Path) -> tuple[list[dict], bytes]:
 
 
 @pytest.fixture
-def uninterrupted(settings):
+def uninterrupted(settings, exit_code):
     whole = settings("whole")
     assert exit_code(lambda: train(whole)) == 0
     return contents(Path(whole.output))
 
 
-def assert_resumes(settings, uninterrupted) -> None:
+def assert_resumes(settings, uninterrupted, exit_code) -> None:
     resumed = settings(resume=True)
     assert exit_code(lambda: train(resumed)) == 0
     entries, adapter = contents(Path(resumed.output))
@@ -111,7 +89,7 @@ def touch_counted(monkeypatch, at_call) -> None:
     monkeypatch.setattr(checkpoint, "save", watched)
 
 
-def test_killed_at_every_point_of_saving(settings, uninterrupted, monkeypatch, tmp_path):
+def test_killed_at_every_point_of_saving(settings, uninterrupted, monkeypatch, tmp_path, exit_code):
     """The second and the third checkpoint: there is an older one, and there is one to remove."""
     calls = tmp_path / "calls"
 
@@ -139,11 +117,11 @@ def test_killed_at_every_point_of_saving(settings, uninterrupted, monkeypatch, t
             train(settings())
 
         assert exit_code(run_until) == -signal.SIGKILL
-        assert_resumes(settings, uninterrupted)
+        assert_resumes(settings, uninterrupted, exit_code)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
-def test_killed_at_a_step(settings, uninterrupted, step, monkeypatch):
+def test_killed_at_a_step(settings, uninterrupted, step, monkeypatch, exit_code):
     steps = [0]
     original = Optimizer.step
 
@@ -158,10 +136,10 @@ def test_killed_at_a_step(settings, uninterrupted, step, monkeypatch):
         train(settings())
 
     assert exit_code(run) == -signal.SIGKILL
-    assert_resumes(settings, uninterrupted)
+    assert_resumes(settings, uninterrupted, exit_code)
 
 
-def test_sigterm_saves_first(settings, uninterrupted, monkeypatch):
+def test_sigterm_saves_first(settings, uninterrupted, monkeypatch, exit_code):
     original = Optimizer.step
     steps = [0]
 

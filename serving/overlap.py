@@ -1,0 +1,105 @@
+"""Stages that run at the same time: a thread reads ahead, another writes behind, with a bounded queue each.
+
+What a stage raises is raised again where the main thread next meets it; none is lost. The threads help because the
+tokenizer, the model and Arrow all release the interpreter while they work.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from queue import Empty, Queue
+from threading import Event, Thread
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+T = TypeVar("T")
+_DEPTH = 2  # one item in work, one waiting: more only takes memory
+
+
+class _End:
+    """The last thing in a queue: no more items, or an exception instead of them."""
+
+    def __init__(self, error: BaseException | None = None):
+        self.error = error
+
+
+def ahead(items: Iterable[T]) -> Generator[T, None, None]:
+    """The same items, made by a thread of its own while the consumer is busy; closing the generator ends the thread."""
+    queue: Queue[T | _End] = Queue(_DEPTH)
+    stopped = Event()
+
+    def produce() -> None:
+        end = _End()
+        try:
+            for item in items:
+                queue.put(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            end = _End(error)
+        queue.put(end)
+
+    thread = Thread(target=produce, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := queue.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            _drain(queue)  # so that a put that waits comes to its end
+            thread.join(0.05)
+
+
+def _drain(queue: Queue) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass  # that is what was wanted
+
+
+class Behind(Generic[T]):
+    """Calls `action(item)` for each item that is `put`, in order, in a thread of its own.
+
+    Leaving the `with` block waits until all is done; leaving it with an exception drops what still waits.
+    """
+
+    def __init__(self, action: Callable[[T], object]):
+        self._action = action
+        self._queue: Queue[T | _End] = Queue(_DEPTH)
+        self._error: BaseException | None = None
+        self._dropping = Event()
+        self._thread = Thread(target=self._run, name="behind", daemon=True)
+        self._thread.start()
+
+    def put(self, item: T) -> None:
+        """Waits while the queue is full; raises what `action` raised for an earlier item."""
+        self._raise()
+        self._queue.put(item)
+
+    def _run(self) -> None:
+        while not isinstance(item := self._queue.get(), _End):
+            if not self._dropping.is_set():
+                try:
+                    self._action(item)
+                except BaseException as error:
+                    self._error = error
+                    self._dropping.set()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._dropping.set()
+        self._queue.put(_End())
+        self._thread.join()
+        if error is None:
+            self._raise()

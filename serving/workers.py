@@ -1,0 +1,237 @@
+"""Who embeds the shards: this process, or several of this machine, each with an encoder of its own.
+
+The parent hands shard numbers out and hears of each that is done; what is done stands on the disk, not in its memory.
+A worker that dies ends the job, and a resumed job goes on where it ended.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .. import __version__
+from ..engine.input_files import InputFile
+from .folder import ShardOutput
+from .manifest import Manifest
+from .readers import Shard
+from .shards import Done, Progress, RowEncoder, Rows, embed_shards
+
+if TYPE_CHECKING:
+    from .job import EmbedSettings
+
+# the next shard is read and tokenised while one is computed
+_OUTSTANDING = 2
+_GRACE_SECONDS = 20.0
+
+Load = Callable[["EmbedSettings"], RowEncoder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a worker is told; it can be pickled."""
+
+    settings: "EmbedSettings"
+    load: Load
+    files: Sequence[InputFile]
+    stamps: Sequence[tuple[int, int] | None]
+    inputs: list[dict[str, Any]]
+    shards: list[Shard]
+
+    def configuration(self) -> dict[str, Any]:
+        """What the vectors depend on as far as the settings say it."""
+        names = ("text_column", "id_column", "limit", "normalize", "truncate_dim", "precision")
+        asked = {name: getattr(self.settings, name) for name in names}
+        return {"bivec": __version__, **asked}
+
+
+class ShardWorker:
+    """Loads an encoder and embeds shards with it.
+
+    Attributes:
+        manifest: of the job as this worker would do it.
+    """
+
+    def __init__(self, plan: Plan):
+        settings = plan.settings
+        self._encoder = plan.load(settings)
+        rows, dimension = rows_and_dimension(plan, self._encoder)
+        identity = {"prompt": rows.prompt, "encoder": self._encoder.identity()}
+        self.manifest = Manifest(plan.configuration() | identity, plan.inputs, plan.shards)
+        provenance = provenance_of(plan, rows, self._encoder) | {"configuration": self.manifest.configuration}
+        self._rows = rows
+        self._output = ShardOutput(Path(settings.output), dimension, settings.precision, provenance)
+
+    def run(self, numbers: Iterable[int], on_done: Callable[[Done], object], progress: Progress | None = None) -> None:
+        """Embeds shards into the output folder; what is not done when it fails leaves nothing."""
+        try:
+            embed_shards(self._rows, numbers, self._encoder, self._output, on_done=on_done, progress=progress)
+        finally:
+            self._output.abort()
+
+
+def rows_and_dimension(plan: Plan, encoder: RowEncoder) -> tuple[Rows, int]:
+    """What is read and how it is embedded, and the dimension of the written vectors; ValueError for `truncate_dim`."""
+    settings = plan.settings
+    prompt = settings.instruction
+    if prompt is None:
+        prompt = encoder.prompts.get(encoder.default_prompt_name or "", "")
+    dimension = encoder.get_embedding_dimension()
+    if settings.truncate_dim is not None and not 1 <= settings.truncate_dim <= dimension:
+        raise ValueError(f"truncate_dim must be from 1 to {dimension}, got {settings.truncate_dim}")
+    rows = Rows(
+        files=plan.files,
+        shards=plan.shards,
+        stamps=plan.stamps,
+        text_column=settings.text_column,
+        id_column=settings.id_column,
+        on_error=settings.on_error,
+        prompt=prompt,
+        normalize=settings.normalize,
+        truncate_dim=settings.truncate_dim,
+        precision=settings.precision,
+    )
+    return rows, settings.truncate_dim or dimension
+
+
+def provenance_of(plan: Plan, rows: Rows, encoder: RowEncoder) -> dict[str, Any]:
+    """What stands in every output file's schema metadata."""
+    names = ("model", "adapters", "pooling", "max_length", "device", "dtype", "attention")
+    asked = {name: getattr(plan.settings, name) for name in names}
+    return {**plan.configuration(), **asked, "prompt": rows.prompt, "encoder": encoder.describe()}
+
+
+def in_this_process(
+    plan: Plan,
+    numbers: Sequence[int],
+    on_ready: Callable[[Manifest], object],
+    on_done: Callable[[Done], object],
+    progress: Progress,
+) -> None:
+    """Embeds shards here; `on_ready` is called before the first, with the manifest."""
+    worker = ShardWorker(plan)
+    on_ready(worker.manifest)
+    worker.run(numbers, on_done, progress)
+
+
+def in_processes(
+    plan: Plan,
+    numbers: Sequence[int],
+    on_ready: Callable[[Manifest], object],
+    on_done: Callable[[Done], object],
+    num_workers: int,
+) -> None:
+    """Embeds shards in `num_workers` spawned processes; `on_ready` is called with each one's manifest.
+
+    Raises:
+        ChildProcessError: a worker died.
+        RowError, ValueError, OSError: as `embed_shards`, from the first worker that failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections: dict[Connection, Any] = {}
+    ended: set[Connection] = set()
+    try:
+        for environment in _environments(plan.settings.device, num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, plan, environment), daemon=True)
+            process.start()
+            theirs.close()
+            connections[ours] = process
+        left = iter(numbers)
+        while len(ended) < len(connections):
+            for connection in wait([connection for connection in connections if connection not in ended]):
+                assert isinstance(connection, Connection)
+                message = _receive(connection, connections[connection])
+                if message is None:
+                    ended.add(connection)
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                if isinstance(message, Manifest):
+                    on_ready(message)
+                else:
+                    on_done(message)
+                for _ in range(_OUTSTANDING if isinstance(message, Manifest) else 1):
+                    _send(connection, next(left, None))
+    finally:
+        for connection, process in connections.items():
+            connection.close()
+            if connection not in ended:
+                process.terminate()
+        for process in connections.values():
+            process.join(_GRACE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _receive(connection: Connection, process: Any) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join(_GRACE_SECONDS)
+        raise ChildProcessError(
+            f"a worker (process {process.pid}) died with exit status {process.exitcode}; what is done is kept, "
+            "and --resume goes on from there"
+        ) from None
+
+
+def _send(connection: Connection, number: int | None) -> None:
+    try:
+        connection.send(number)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # it has died, or has ended, which the next message tells
+
+
+def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> None:
+    """A worker's whole life: ready, shards until there are no more, end."""
+    os.environ.update(environment)  # before torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        worker = ShardWorker(plan)
+        connection.send(worker.manifest)
+        worker.run(_numbers(connection), connection.send)
+        connection.send(None)
+    except Exception as error:
+        error.add_note("in a worker:\n" + traceback.format_exc())
+        try:
+            connection.send(error)
+        except OSError:
+            return  # the parent is gone
+        except Exception:  # an exception that cannot be pickled
+            connection.send(RuntimeError(traceback.format_exc()))
+
+
+def _numbers(connection: Connection) -> Iterator[int]:
+    while (number := connection.recv()) is not None:
+        yield number
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _environments(device: str, num_workers: int) -> Iterator[dict[str, str]]:
+    """What sets each worker apart: the one GPU that it sees, or its part of the cores."""
+    gpus = visible_gpus() if device in ("auto", "cuda") else []
+    for worker in range(num_workers):
+        if gpus:
+            yield {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]}
+        else:
+            cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            yield {"OMP_NUM_THREADS": str(max(cores // num_workers, 1))}
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return (named.split(",") if named else [str(index) for index in range(count)])[:count]

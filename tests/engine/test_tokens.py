@@ -1,0 +1,105 @@
+"""A long text is cut before it is tokenised, and gives the tokens that it gives whole."""
+
+import gzip
+import time
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bivec.engine import tokens
+from bivec.engine.tokens import TextTokenizer, load_tokenizer
+
+WORDS = [
+    "the",
+    "quick",
+    "naïve",
+    "北京",
+    "e\u0301",
+    "don't",
+    "1234567",
+    "12,5",
+    "(see",
+    "p.)",
+    "…",
+    "—",
+    "😀",
+    "İΣ",
+    "a_b",
+]
+SPACES = [" ", " ", " ", " ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n", "\u00a0", "\u3000", "▁", "▁ ", "Ġ "]
+real_looking = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(SPACES)), max_size=80).map(
+    lambda pairs: "".join(word + space for word, space in pairs)
+)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tiny_llama_folder):
+    return load_tokenizer(tiny_llama_folder, 10**6)
+
+
+def whole(hugging_face, texts, prompts, max_length):
+    """Tokens without a cut."""
+    tokenizer = TextTokenizer(hugging_face, max_length)
+    tokenizer._cuts_before_spaces = False
+    return tokenizer(texts, prompts)
+
+
+def check(hugging_face, text, prompt, max_length):
+    tokenizer = TextTokenizer(hugging_face, max_length)
+    assert tokenizer._cuts_before_spaces
+    assert tokenizer([text], [prompt]) == whole(hugging_face, [text], [prompt], max_length)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(real_looking, st.sampled_from(["", "find this: ", "a b"]), st.integers(1, 6))
+def test_byte_level(byte_level, text, prompt, max_length):
+    check(byte_level, text, prompt, max_length)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-v1", "open_llama_3b"])
+def test_sentencepiece_and_real_texts(shared_data, name):
+    path = shared_data / "tokenizers" / f"{name}.tokenizer.json.gz"
+    with gzip.open(path, "rt") as stream:
+        backend = tokenizers.Tokenizer.from_str(stream.read())
+    hugging_face = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    @settings(max_examples=100, derandomize=True, deadline=None)
+    @given(real_looking, st.integers(1, 6))
+    def check_text(text, max_length):
+        check(hugging_face, text, "", max_length)
+
+    check_text()
+    (wiki, *_) = sorted((shared_data / "wiki").glob("*.gz"))
+    with gzip.open(wiki, "rt", encoding="utf-8") as stream:
+        real = stream.read(200_000)
+    for start in range(0, 150_000, 10_000):
+        check(hugging_face, real[start : start + 40_000], "query: ", 128)
+
+
+def test_ten_megabytes_take_milliseconds(byte_level):
+    tokenizer = TextTokenizer(byte_level, 512)
+    text = "a packed batch holds many sequences " * 290_000
+    tokenizer(["warm"], [""])
+    start = time.perf_counter()
+    (found,) = tokenizer([text], [""])
+    assert time.perf_counter() - start < 0.2
+    assert len(found.ids) == 512
+    assert found == tokenizer([text[:100_000]], [""])[0]
+
+
+def test_a_prefix_with_too_few_tokens_is_made_longer(byte_level, monkeypatch):
+    monkeypatch.setattr(tokens, "_PREFIX_CHARACTERS", 1)
+    check(byte_level, "bidirectional attention " * 100, "", 20)
+    check(byte_level, "x" * 50 + " y" * 500, "", 60)
+
+
+def test_a_vocabulary_with_a_space_inside_a_token_is_not_cut():
+    vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", " "), ("a ", "b")]))
+    hugging_face = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = TextTokenizer(hugging_face, 2)
+    assert not tokenizer._cuts_before_spaces
+    assert tokenizer(["a b" * 50], [""])[0].ids == [4, 4]
