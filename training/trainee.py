@@ -115,11 +115,12 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
         raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
     checkpoint = resolve(settings.model)
     config = load_config(checkpoint.base)
-    if settings.max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"max_length must be at most the model's {config.max_position_embeddings} positions, "
-            f"got {settings.max_length}"
-        )
+    for name in ("max_length", "block_size"):
+        length = getattr(settings, name, None) or 0
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"{name} must be at most the model's {config.max_position_embeddings} positions, got {length}"
+            )
     if settings.attention == "flash" and (settings.attention_dropout or settings.mask_schedule == "annealed"):
         raise ValueError("attention 'flash' cannot draw the masks of attention_dropout or mask_schedule annealed")
     backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)

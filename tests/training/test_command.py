@@ -93,7 +93,8 @@ def test_bad_pairs_are_named(fields, tmp_path, text, message):
             ["mntp", "--block-size", "0", "--mask-token", "no such token"],
             "mask_token must be one item of the tokenizer's vocabulary",
         ),
-        (["mntp"], "block_size must be at most the "),
+        (["mntp"], "block_size must be at most the model's 256 positions, got 512"),
+        (["mntp", "--block-size", "256", "--mask-token", "x"], "block_size must be at most the "),
         (["simcse", "--full-finetuning", "--model", "RUN"], "full_finetuning needs a model without adapters"),
     ],
 )
