@@ -22,7 +22,16 @@ def start(stub):
 
     def start(*arguments, pause_at: int, **environment: str) -> subprocess.Popen:
         environment = {**os.environ, "PAUSE_AT": str(pause_at), **environment}
-        command = [sys.executable, str(stub.script), "embed", *map(str, arguments), "--model", "stub", "--device", "cpu"]
+        command = [
+            sys.executable,
+            str(stub.script),
+            "embed",
+            *map(str, arguments),
+            "--model",
+            "stub",
+            "--device",
+            "cpu",
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         if pause_at:
             assert process.stdout.readline() == "paused\n", process.communicate()[1]

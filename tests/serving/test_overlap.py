@@ -96,7 +96,7 @@ def test_what_the_action_raises_is_raised_and_nothing_is_done_after_it(last):
     assert threads() == 0
 
 
-def test_leaving_with_an_exception_drops_what_waits():
+def test_leaving_with_an_exception_ends_what_was_begun():
     seen, release = [], threading.Event()
 
     def action(item):
@@ -112,4 +112,5 @@ def test_leaving_with_an_exception_drops_what_waits():
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert seen == [1]
+    assert seen == [1, 2]
+    assert threads() == 0
