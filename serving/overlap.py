@@ -12,6 +12,8 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 _DEPTH = 2  # one item in work, one waiting: more only takes memory
+# a producer that waits for what never comes must not keep an error from being told; its thread is a daemon
+_GRACE_SECONDS = 1.0
 
 
 class _End:
@@ -46,9 +48,8 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
             raise item.error
     finally:
         stopped.set()
-        while thread.is_alive():
-            _drain(queue)  # so that a put that waits comes to its end
-            thread.join(0.05)
+        _drain(queue)  # so that a put that waits comes to its end, and the thread with it
+        thread.join(_GRACE_SECONDS)
 
 
 def _drain(queue: Queue) -> None:

@@ -62,6 +62,21 @@ def test_a_consumer_that_leaves_ends_the_producer():
     assert threads() == 0
 
 
+def test_a_producer_that_waits_for_ever_does_not_keep_its_consumer():
+    never = threading.Event()
+
+    def items():
+        yield 1
+        never.wait()
+
+    found = ahead(items())
+    assert next(found) == 1
+    before = time.monotonic()
+    found.close()
+    assert time.monotonic() - before < 5
+    never.set()
+
+
 def test_behind_acts_in_order_and_is_done_when_left():
     seen = []
 
