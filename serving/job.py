@@ -20,13 +20,10 @@ from ..engine.row_files import BadRow, InputFile
 from . import manifest
 from .folder import OutputFolder
 from .manifest import Manifest
-from .readers import Shard, check_rows, fingerprint
+from .readers import ROWS_PER_SHARD, Shard, check_rows, fingerprint
 from .shards import Done, FileShards, RowEncoder, embed_shards, stamp
 from .workers import Load, Plan, in_processes, in_this_process, provenance_of, rows_and_dimension, visible_gpus
 from .writers import OutputFile
-
-# a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
-_ROWS_PER_SHARD = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +221,7 @@ def _plan(
                 id_column=settings.id_column,
                 limit=settings.limit,
                 on_error=settings.on_error,
-                rows_per_shard=_ROWS_PER_SHARD,
+                rows_per_shard=ROWS_PER_SHARD,
                 progress=bar.update,
             )
     return Plan(settings=settings, load=load, files=files, stamps=stamps, inputs=inputs, shards=shards)

@@ -30,7 +30,7 @@ LINES[31] = "<nan>"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(job, "_ROWS_PER_SHARD", 12)
+    monkeypatch.setattr(job, "ROWS_PER_SHARD", 12)
     monkeypatch.setattr(shards, "_WINDOW_ROWS", 5)
 
 
