@@ -82,8 +82,8 @@ class Summary:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         rates = f"{self.num_written / seconds:,.0f} texts/s, {self.num_tokens / seconds:,.0f} tokens/s"
-        before = f"; {self.num_shards_before:,} shards were done before" if self.num_shards_before else ""
-        left = f"; {self.num_shards_left:,} shards of other shares are not done yet" if self.num_shards_left else ""
+        before = f"; shards done before: {self.num_shards_before:,}" if self.num_shards_before else ""
+        left = f"; shards of other shares not done yet: {self.num_shards_left:,}" if self.num_shards_left else ""
         return (
             f"read {self.num_read:,} = written {self.num_written:,} + failed {self.num_failed:,} "
             f"in {self.seconds:,.1f} s ({rates}): {self.output}{before}{left}"
