@@ -20,13 +20,10 @@ from ..engine.row_files import BadRow, InputFile
 from . import manifest
 from .folder import OutputFolder
 from .manifest import Manifest
-from .readers import Shard, check_rows, fingerprint
+from .readers import ROWS_PER_SHARD, Shard, check_rows, fingerprint
 from .shards import Done, FileShards, RowEncoder, embed_shards, stamp
 from .workers import Load, Plan, in_processes, in_this_process, provenance_of, rows_and_dimension, visible_gpus
 from .writers import OutputFile
-
-# a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
-_ROWS_PER_SHARD = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +82,8 @@ class Summary:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         rates = f"{self.num_written / seconds:,.0f} texts/s, {self.num_tokens / seconds:,.0f} tokens/s"
-        before = f"; {self.num_shards_before:,} shards were done before" if self.num_shards_before else ""
-        left = f"; {self.num_shards_left:,} shards of other shares are not done yet" if self.num_shards_left else ""
+        before = f"; shards done before: {self.num_shards_before:,}" if self.num_shards_before else ""
+        left = f"; shards of other shares not done yet: {self.num_shards_left:,}" if self.num_shards_left else ""
         return (
             f"read {self.num_read:,} = written {self.num_written:,} + failed {self.num_failed:,} "
             f"in {self.seconds:,.1f} s ({rates}): {self.output}{before}{left}"
@@ -224,7 +221,7 @@ def _plan(
                 id_column=settings.id_column,
                 limit=settings.limit,
                 on_error=settings.on_error,
-                rows_per_shard=_ROWS_PER_SHARD,
+                rows_per_shard=ROWS_PER_SHARD,
                 progress=bar.update,
             )
     return Plan(settings=settings, load=load, files=files, stamps=stamps, inputs=inputs, shards=shards)

@@ -12,6 +12,8 @@ from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 _DEPTH = 2  # one item in work, one waiting: more only takes memory
+# a producer that waits for what never comes must not keep an error from being told; its thread is a daemon
+_GRACE_SECONDS = 1.0
 
 
 class _End:
@@ -46,9 +48,8 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
             raise item.error
     finally:
         stopped.set()
-        while thread.is_alive():
-            _drain(queue)  # so that a put that waits comes to its end
-            thread.join(0.05)
+        _drain(queue)  # so that a put that waits comes to its end, and the thread with it
+        thread.join(_GRACE_SECONDS)
 
 
 def _drain(queue: Queue) -> None:
@@ -62,14 +63,14 @@ def _drain(queue: Queue) -> None:
 class Behind(Generic[T]):
     """Calls `action(item)` for each item that is `put`, in order, in a thread of its own.
 
-    Leaving the `with` block waits until all is done; leaving it with an exception drops what still waits.
+    Leaving the `with` block, with an exception too, waits until all that was put is done. After an item that fails no
+    other is begun.
     """
 
     def __init__(self, action: Callable[[T], object]):
         self._action = action
         self._queue: Queue[T | _End] = Queue(_DEPTH)
         self._error: BaseException | None = None
-        self._dropping = Event()
         self._thread = Thread(target=self._run, name="behind", daemon=True)
         self._thread.start()
 
@@ -80,12 +81,11 @@ class Behind(Generic[T]):
 
     def _run(self) -> None:
         while not isinstance(item := self._queue.get(), _End):
-            if not self._dropping.is_set():
+            if self._error is None:
                 try:
                     self._action(item)
                 except BaseException as error:
                     self._error = error
-                    self._dropping.set()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -97,8 +97,6 @@ class Behind(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._dropping.set()
         self._queue.put(_End())
         self._thread.join()
         if error is None:

@@ -15,6 +15,8 @@ import numpy as np
 
 from ..engine.row_files import BadRow, Column, InputFile, RowError, Start, line_offsets, read_file
 
+# a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
+ROWS_PER_SHARD = 2**14
 _MAX_NAMED_DUPLICATES = 5
 
 
@@ -67,7 +69,7 @@ def check_rows(
     id_column: str | None = None,
     limit: int | None = None,
     on_error: str = "fail",
-    rows_per_shard: int = 2**14,
+    rows_per_shard: int = ROWS_PER_SHARD,
     progress: Callable[[int], object] | None = None,
 ) -> list[Shard]:
     """Reads the rows once, before any model is loaded, and divides them (at most `limit`) into shards.

@@ -73,7 +73,7 @@ if __name__ == "__main__":
     from bivec import cli
     from bivec.serving import job
 
-    job._ROWS_PER_SHARD = int(os.environ.get("ROWS_PER_SHARD", 10))
+    job.ROWS_PER_SHARD = int(os.environ.get("ROWS_PER_SHARD", 10))
     job.load_encoder = load
     sys.argv[0] = "bivec"
     cli.main()

@@ -62,6 +62,21 @@ def test_a_consumer_that_leaves_ends_the_producer():
     assert threads() == 0
 
 
+def test_a_producer_that_waits_for_ever_does_not_keep_its_consumer():
+    never = threading.Event()
+
+    def items():
+        yield 1
+        never.wait()
+
+    found = ahead(items())
+    assert next(found) == 1
+    before = time.monotonic()
+    found.close()
+    assert time.monotonic() - before < 5
+    never.set()
+
+
 def test_behind_acts_in_order_and_is_done_when_left():
     seen = []
 
@@ -96,7 +111,7 @@ def test_what_the_action_raises_is_raised_and_nothing_is_done_after_it(last):
     assert threads() == 0
 
 
-def test_leaving_with_an_exception_drops_what_waits():
+def test_leaving_with_an_exception_ends_what_was_begun():
     seen, release = [], threading.Event()
 
     def action(item):
@@ -112,4 +127,5 @@ def test_leaving_with_an_exception_drops_what_waits():
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert seen == [1]
+    assert seen == [1, 2]
+    assert threads() == 0
