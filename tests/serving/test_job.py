@@ -65,6 +65,7 @@ def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_p
         texts,
         encoder=encoder,
         instruction="as: ",
+        pooling="mean",
         normalize=True,
         truncate_dim=5,
         precision="int8",

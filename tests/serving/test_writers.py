@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing(tmp_path, monkeypatch):
             budget[0] -= 1
             return super().write(data)
 
-    monkeypatch.setattr(writers, "open_locked", lambda path: FullDisk(path, "wb"))
+    monkeypatch.setattr(writers, "open_locked", lambda path, **_: FullDisk(path, "wb"))
     for num_writes in range(1000):
         budget[0] = num_writes
         caught = None
