@@ -69,7 +69,6 @@ def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_p
         normalize=True,
         truncate_dim=5,
         precision="int8",
-        pooling="mean",
         adapters=["a", "b"],
     )
     assert (encoder.calls[0]["prompt"], encoder.calls[0]["normalize"]) == ("as: ", True)
