@@ -21,7 +21,7 @@ from .processes import Processes
 from .settings import ContrastiveSettings
 from .token_objectives import keep_generation
 
-_GENERATION = 2**16 - 1  # the part of a row that the language-model loss beside this one is
+_GENERATION = 1 << 62  # in the identity of a text in the language-model loss beside this one
 
 
 class Pairs(NamedTuple):

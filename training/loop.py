@@ -208,7 +208,6 @@ class _Run:
             "eval_loss": totals["loss"] / count,
             "eval_accuracy": totals["correct"] / count,
         }
-        self.passes.take_count()
         self.log.write({"step": self.step} | self.evaluation)
         if self.settings.report_to:
             self.accelerator.log(self.evaluation, step=self.step)

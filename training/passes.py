@@ -45,7 +45,7 @@ class Passes:
         self._num_tokens = 0
 
     def take_count(self) -> int:
-        """Tokens that went through the model since this was asked last, second passes included."""
+        """Tokens that were trained on since this was asked last; a pass without gradient counts for nothing."""
         count, self._num_tokens = self._num_tokens, 0
         return count
 
@@ -79,7 +79,8 @@ class Passes:
         autocast = trainee.adapter is None and trainee.dtype is not torch.float32
         precision = torch.autocast(trainee.device.type, trainee.dtype) if autocast else nullcontext()
         trainee.network.train(dropout)
-        self._num_tokens += slab.batch.num_tokens
+        if torch.is_grad_enabled():
+            self._num_tokens += slab.batch.num_tokens
         with precision:
             return trainee.model(
                 slab.batch,
