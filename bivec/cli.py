@@ -51,7 +51,7 @@ Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by 
 MaskWindow = Annotated[
     Literal["bidirectional", "causal"] | None, typer.Option("--window", help="The mask. Default: the model's own.")
 ]
-Data = Annotated[str, typer.Option(help="Folder of the task's files.")]
+Data = Annotated[str, typer.Option(help="Folder of the task's files; of texts also one file.")]
 ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
 

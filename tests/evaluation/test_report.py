@@ -50,6 +50,15 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["r.json"]
 
 
+def test_whoever_reads_the_old_report_keeps_it_whole(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("before")
+    with path.open() as reader:
+        make_report(similarity_score(1)).write(path)
+        assert reader.read() == "before"
+    assert Report.read(path).task == "sts"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": [{}]}', '{"scores": 3}'])
 def test_what_is_no_report_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(content)

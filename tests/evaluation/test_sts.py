@@ -28,8 +28,8 @@ def test_layouts(tmp_path, name, content):
 
 
 def test_quotes_are_text_in_a_tsv(tmp_path):
-    (tmp_path / "a.tsv").write_text('he said "no\tso "what\t1\n')
-    assert read_pairs(tmp_path / "a.tsv").first == ['he said "no']
+    (tmp_path / "a.tsv").write_text('"no" he said\tso "what\t1\n')
+    assert read_pairs(tmp_path / "a.tsv").first == ['"no" he said']
 
 
 @pytest.mark.parametrize(
