@@ -26,7 +26,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_query: Tensor, grad_key: Tensor):
-        return *_rotate(grad_query, grad_key, *ctx.saved_tensors, True), None, None
+        cos, sin = ctx.saved_tensors
+        return *_rotate(grad_query, grad_key, cos, sin, True), None, None
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
