@@ -34,9 +34,10 @@ class _RMSNorm(torch.autograd.Function):
         if grad_normed is None:  # only the sum was used
             return grad_total, grad_total, None, None
         total, weight, rstd = ctx.saved_tensors
-        grad_x, summed = _norm_backward(grad_normed, grad_total, total, weight, rstd, ctx.needs_input_grad[2])
-        grad_weight = summed.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_x if ctx.has_residual else None, grad_weight, None
+        needs_weight = ctx.needs_input_grad[2]
+        grad_x, grad_weight = _norm_backward(grad_normed, grad_total, total, weight, rstd, needs_weight)
+        grad_residual = grad_x if ctx.has_residual else None
+        return grad_x, grad_residual, grad_weight.to(weight.dtype) if needs_weight else None, None
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

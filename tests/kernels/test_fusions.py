@@ -33,6 +33,7 @@ def place(request, device, monkeypatch) -> str:
     """The device: once with the kernels, for which a CPU must be asked, and once with each way that a CPU takes."""
     if request.param != "small":
         monkeypatch.setattr(chunks, "SMALL", -1)
+    monkeypatch.setattr(norm_triton, "MAX_PROGRAMS", 2)  # a few rows are several rounds of a program
     if request.param != "kernel":
         if device == "cuda":
             pytest.skip("CUDA takes the kernels")
@@ -116,6 +117,9 @@ def test_add_rms_norm(place, small_chunks, shape, dtype):
         upstream,
         num_steps=4,
     )
+    total, normed = norm.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, norm.rms_norm(total, weight, EPS))
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["sum", "normed"])
@@ -244,15 +248,15 @@ def test_cross_entropy_survives_large_logits_and_small_float16_gradients(place):
     hidden, weight, targets, rows = language_model(97, device=place)
     loss = cross_entropy.linear_cross_entropy(1000 * hidden, weight, targets, rows=rows)
     torch.testing.assert_close(loss, reference.linear_cross_entropy(1000 * hidden, weight, targets, rows=rows))
-    # a gradient of about 1e-6, of which float16 holds one digit
-    hidden, weight = 20 * hidden.sign().half(), torch.zeros(97, 24, dtype=torch.float16, device=place)
-    weight[0] = hidden[0] / 20 * 0.03
+    # a gradient of about 1e-7, of which float16 holds no digit
+    hidden, weight = 200 * hidden.sign().half(), torch.zeros(97, 24, dtype=torch.float16, device=place)
+    weight[0] = hidden[0] / 200 * 0.003
     zeros = torch.zeros(1, dtype=torch.int64, device=place)
     hidden.requires_grad_()
     cross_entropy.linear_cross_entropy(hidden, weight, zeros, rows=zeros).backward(torch.tensor(2.0**14, device=place))
     exact = hidden.detach().double().requires_grad_()
     reference.linear_cross_entropy(exact, weight.double(), zeros, rows=zeros).backward(torch.tensor(2.0**14).to(place))
-    torch.testing.assert_close(hidden.grad[0].double(), exact.grad[0], rtol=0.01, atol=0)
+    torch.testing.assert_close(hidden.grad[0].double(), exact.grad[0], rtol=0.03, atol=0)
 
 
 def test_cross_entropy_keeps_no_matrix_of_the_vocabulary(monkeypatch):
