@@ -1,5 +1,6 @@
 """The pooling benchmark on small shapes: every peer runs or says why not, and agrees with float64."""
 
+import importlib.util
 import json
 
 import pytest
@@ -19,6 +20,7 @@ def test_quick_run_measures_every_peer(capsys, monkeypatch, tmp_path):
     assert {(row["direction"], row["norm"]) for row in rows} == {
         (direction, norm) for direction in ("forward", "both") for norm in (False, True)
     }
+    has_padded = importlib.util.find_spec("sentence_transformers") is not None
     for row in rows:
         if row["skipped"]:
             optional = row["skipped"] == "package sentence-transformers (6) is not installed"
@@ -26,7 +28,8 @@ def test_quick_run_measures_every_peer(capsys, monkeypatch, tmp_path):
             continue
         assert row["gb_per_s"] > 0
         assert row["error"] < 1e-5, row["name"]
-        assert row["padded_error"] < 1e-5
+        assert has_padded or row["padded_error"] is None
+        assert not has_padded or row["padded_error"] < 1e-5
 
 
 def test_bytes_that_must_move():
