@@ -36,7 +36,7 @@ def test_stages_lift_a_real_model(shared_data, wiki, tmp_path):
         train(read_settings(stage, [str(argument) for argument in (*given, "--device", "cpu", *arguments)]))
         return output
 
-    mntp = run("mntp", base, texts, "--eval-data", held_out, "--max-steps", 60, "--eval-steps", 60)
+    mntp = run("mntp", base, texts, "--eval-data", held_out, "--max-steps", 60, "--batch-size", 16)
     log = [json.loads(line) for line in (mntp / "log.jsonl").read_text().splitlines()]
     untrained, trained = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert trained < 0.85 * untrained
