@@ -51,5 +51,4 @@ def test_stages_lift_a_real_model(shared_data, wiki, tmp_path):
         return spearman(scores, cosines(encoder.encode(task.pairs.first), encoder.encode(task.pairs.second)))
 
     difference = paired_difference(quality(base), quality(supervised), len(scores), resamples=1000)
-    print(difference)
     assert difference.low > 0
