@@ -40,6 +40,7 @@ setup(
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
         "test": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.150",
             "scikit-learn>=1.5",
             "scipy>=1.13",

@@ -4,6 +4,7 @@ Without a GPU the Triton kernels are interpreted.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -108,8 +109,8 @@ def make_checkpoint():
     return save_checkpoint
 
 
-def run_in_child(action) -> int:
-    """Run `action` in a fork of this process, with one thread; returns its exit status, negative for a signal."""
+def start_in_child(action) -> int:
+    """Run `action` in a fork of this process, whose id is returned; one thread, as OpenMP's others do not survive a fork."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -123,7 +124,23 @@ def run_in_child(action) -> int:
             print(repr(error), file=sys.stderr)
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def run_in_child(action) -> int:
+    """Wait for `start_in_child(action)`; returns its exit status, negative for a signal."""
+    child = start_in_child(action)
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:  # the test's time is over
+        os.kill(child, signal.SIGKILL)
+        raise
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """`start_in_child`, for tests of processes beside each other."""
+    return start_in_child
 
 
 @pytest.fixture(scope="session")

@@ -309,17 +309,8 @@ def test_a_share_is_i_of_n(embed, settings, shard):
         embed(settings, shard=shard)
 
 
-def test_shares_at_once_and_the_last_writes_the_errors(embed, settings, uninterrupted):
-    children = []
-    for share in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                embed(settings, shard=f"{share}/3")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
+def test_shares_at_once_and_the_last_writes_the_errors(embed, settings, uninterrupted, fork):
+    children = [fork(lambda share=share: embed(settings, shard=f"{share}/3")) for share in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert contents(settings) == uninterrupted
 
@@ -412,7 +403,7 @@ def test_one_file_is_written_by_one_run(embed, settings, option, tmp_path):
         embed(settings, output=str(tmp_path / "out.parquet"), **option)
 
 
-def test_ten_random_kills_of_the_real_encoder(tiny_llama_folder, settings, tmp_path, exit_code):
+def test_ten_random_kills_of_the_real_encoder(tiny_llama_folder, settings, tmp_path, exit_code, fork):
     lines = [f"number {n} of many texts that are " + "long " * (n % 40) for n in range(120)]
     (tmp_path / "c.txt").write_text("".join(f"{line}\n" for line in lines))
     real = replace(settings, inputs=[str(tmp_path / "c.txt")], model=str(tiny_llama_folder), dtype="float32")
@@ -423,13 +414,7 @@ def test_ten_random_kills_of_the_real_encoder(tiny_llama_folder, settings, tmp_p
     generator = random.Random(0)
     kills = 0
     while kills < 10:
-        child = os.fork()
-        if child == 0:
-            try:
-                run(replace(real, resume=True))
-                os._exit(0)
-            finally:
-                os._exit(1)
+        child = fork(lambda: run(replace(real, resume=True)))
         time.sleep(seconds * generator.uniform(0.2, 1.0))
         os.kill(child, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -3,44 +3,36 @@
 import json
 import os
 import socket
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from bivec.training import train
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+TRAIN = "import json, sys; from bivec.training import STAGES, train; train(STAGES[sys.argv[1]](**json.loads(sys.argv[2])))"
 
 
 def run_processes(settings, world_size: int) -> None:
-    """Train in forks of this process that find each other as torchrun's do."""
+    """Train in processes that find each other as torchrun's do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = []
-    for rank in range(world_size):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                AcceleratorState._reset_state(reset_partial_state=True)
-                if world_size > 1:
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                train(settings)
-                status = 0
-            except BaseException as error:
-                print(repr(error), file=sys.stderr)
-            finally:
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert statuses == [0] * world_size
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", TRAIN, settings.stage, json.dumps(asdict(settings))]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world_size)
+    ]
+    try:
+        assert [rank.wait(timeout=240) for rank in ranks] == [0] * world_size
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +50,10 @@ def test_two_processes_are_one(make_settings, tmp_path, stage, changes, text_fil
     arguments = {"max_steps": 3, "learning_rate": 1e-3, "eval_data": [data], "eval_steps": 3} | changes
     for world_size in (1, 2):
         settings = make_settings(stage, output=str(tmp_path / f"{world_size}"), **arguments)
-        run_processes(settings, world_size)
+        if world_size == 1:
+            train(settings)
+        else:
+            run_processes(settings, world_size)
         log = [json.loads(line) for line in (Path(settings.output) / "log.jsonl").read_text().splitlines()]
         results.append((log[1:], load_file(Path(settings.output) / "adapter_model.safetensors")))
     (one_log, one), (two_log, two) = results
