@@ -110,7 +110,10 @@ def make_checkpoint():
 
 
 def start_in_child(action) -> int:
-    """Run `action` in a fork of this process, whose id is returned; one thread, as OpenMP's others do not survive a fork."""
+    """Run `action` in a fork of this process, whose id is returned.
+
+    It has one thread, as OpenMP's others do not survive a fork.
+    """
     child = os.fork()
     if child == 0:
         status = 1

@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 from bivec.training import train
 
-TRAIN = "import json, sys; from bivec.training import STAGES, train; train(STAGES[sys.argv[1]](**json.loads(sys.argv[2])))"
+TRAIN = """
+import json, sys
+from bivec.training import STAGES, train
+train(STAGES[sys.argv[1]](**json.loads(sys.argv[2])))
+"""
 
 
 def run_processes(settings, world_size: int) -> None:
