@@ -1,30 +1,76 @@
-"""What each stage adds: a small Llama climbs MNTP, SimCSE and supervised training, with several seeds.
+"""What each stage adds: a small Llama climbs a ladder of training runs, with several seeds, and every rung is scored.
 
-    python -m bivec.benchmarks.ladder --model stories260K --texts wiki.txt.gz --pairs nli.csv --sts STSB --runs runs \
-        --output ladder.json
+    python -m bivec.benchmarks.ladder recipes/stories260k/ladder.yaml --model stories260K --texts wiki.txt.gz \
+        --pairs nli.csv --sts STSB --runs runs --output ladder.json
 
-After each stage the Spearman correlation on STS-B's development set is taken, with a bootstrap interval and the paired
-difference from the untrained model, bidirectional and causal. MNTP's held-out loss stands beside that of the same
-adapter trained under the causal mask. A ladder that was interrupted goes on where it stopped.
+The ladder is a YAML mapping of rungs; each has its recipe, the rung whose run it goes on from (without one, the
+model), and the file it learns from; other fields override the recipe's:
+
+    simcse: {after: mntp, recipe: simcse.yaml, data: texts}
+
+Scored is the Spearman correlation on the STS benchmark, with a bootstrap interval and the paired difference from the
+untrained model, bidirectional and causal; and with `--classification`, the accuracy of a logistic regression. Runs of
+the mntp stage report their loss on held-out texts before and after. A ladder that was interrupted goes on where it
+stopped; one that is done is only scored.
 """
 
 import argparse
 import gzip
+import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
 
 from ..engine.config import CAUSAL, Window
 from ..engine.encoder import Encoder
-from ..evaluation.statistics import Difference, Statistic, estimate, paired_difference, spearman
-from ..evaluation.sts import SimilarityTask, cosines, read_tasks
+from ..evaluation import classification, sts
+from ..evaluation.splits import Split
+from ..evaluation.statistics import Statistic, estimate, paired_difference, spearman
+from ..evaluation.tasks import fixed_features
 from ..training import read_settings, train
+from ..training.loop import LOG
 from .machine import describe_machine
 from .timing import report
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "stories260k"
 HELD_OUT = 1000  # texts
+UNTRAINED: dict[str, Window | None] = {"causal": CAUSAL, "bidirectional": None}  # rows of every table, by their mask
+
+
+class Rung(NamedTuple):
+    """A training run of the ladder."""
+
+    name: str
+    stage: str
+    recipe: Path
+    after: str | None
+    data: Literal["texts", "pairs"]
+    fields: dict[str, Any]
+
+
+def read_ladder(path: Path) -> list[Rung]:
+    """The rungs of a ladder's file, each after the one it goes on from.
+
+    Raises:
+        ValueError: a rung is malformed, or comes after none above it.
+    """
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must be a mapping of rungs")
+    rungs: list[Rung] = []
+    for name, entry in entries.items():
+        fields = dict(entry) if isinstance(entry, dict) else {}
+        recipe, after, data = (fields.pop(key, None) for key in ("recipe", "after", "data"))
+        if recipe is None or data not in ("texts", "pairs"):
+            raise ValueError(f"{path}: {name} needs a recipe, and data that is texts or pairs")
+        if after is not None and after not in [rung.name for rung in rungs]:
+            raise ValueError(f"{path}: {name} comes after {after!r}, which is not above it")
+        stage = yaml.safe_load((path.parent / recipe).read_text(encoding="utf-8"))["stage"]
+        rungs.append(Rung(name, stage, path.parent / recipe, after, data, fields))
+    return rungs
 
 
 def split_texts(path: Path, folder: Path) -> tuple[Path, Path]:
@@ -39,70 +85,85 @@ def split_texts(path: Path, folder: Path) -> tuple[Path, Path]:
     return training, held_out
 
 
-def run_stage(stage: str, output: Path, seed: int, *arguments: object) -> dict[str, float]:
-    """Train a stage, or take its finished run; returns its held-out figures."""
-    recipe = ["--recipe", RECIPES / f"{stage}.yaml", "--output", output, "--seed", seed, "--resume", "--device", "cpu"]
-    summary = train(read_settings(stage, [str(argument) for argument in (*recipe, *arguments)]))
-    print(summary, file=sys.stderr, flush=True)
-    return summary.evaluation
-
-
-def similarity(model: Path, task: SimilarityTask, window: Window | None = None) -> Statistic:
-    encoder = Encoder.from_pretrained(model, dtype="float32", device="cpu", window=window)
-    first, second = encoder.encode(task.pairs.first), encoder.encode(task.pairs.second)
-    return spearman(task.pairs.scores, cosines(first, second))
-
-
-def climb(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Every stage of one seed; its figures."""
+def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
+    """Train every rung of one seed that is not trained yet."""
     training, held_out = split_texts(arguments.texts, arguments.runs)
-    folder = arguments.runs / f"seed-{seed}"
-    texts = ("--data", training, "--eval-data", held_out)
-    start = time.perf_counter()
-    losses = {"mntp": run_stage("mntp", folder / "mntp", seed, "--model", arguments.model, *texts)}
-    control = ("--model", arguments.model, "--mask-schedule", "causal", *texts)
-    losses["mntp, causal mask"] = run_stage("mntp", folder / "mntp-causal", seed, *control)
-    run_stage("simcse", folder / "simcse", seed, "--model", folder / "mntp", "--data", training)
-    run_stage("supervised", folder / "supervised", seed, "--model", folder / "simcse", "--data", arguments.pairs)
-    seconds = time.perf_counter() - start
+    for rung in rungs:
+        output = arguments.runs / f"seed-{seed}" / rung.name
+        model = arguments.model if rung.after is None else output.parent / rung.after
+        given = ["--recipe", rung.recipe, "--model", model, "--output", output, "--seed", seed]
+        given += ["--data", training if rung.data == "texts" else arguments.pairs]
+        if rung.stage == "mntp":
+            given += ["--eval-data", held_out]
+        for field, value in rung.fields.items():
+            given += [f"--{field}", *(value if isinstance(value, list) else [value])]
+        print(f"seed {seed}, {rung.name}", file=sys.stderr, flush=True)
+        settings = read_settings(rung.stage, [str(part) for part in (*given, "--resume", "--device", "cpu")])
+        print(train(settings), file=sys.stderr, flush=True)
 
-    (task,) = read_tasks(arguments.sts, "dev")
-    num_pairs = len(task.pairs.scores)
-    untrained = {
-        "causal": similarity(arguments.model, task, CAUSAL),
-        "bidirectional": similarity(arguments.model, task),
-    }
-    cells = untrained | {f"+ {stage}": similarity(folder / stage, task) for stage in ("mntp", "simcse", "supervised")}
-    rows = []
-    for name, statistic in cells.items():
-        value, low, high = estimate(statistic, num_pairs)
-        row: dict[str, Any] = {"seed": seed, "cell": name, "spearman": value, "low": low, "high": high}
-        for base in untrained:
-            difference: Difference = paired_difference(untrained[base], statistic, num_pairs)
+
+class Scorer:
+    """Scores an encoder on one split of the tasks that were named."""
+
+    def __init__(self, sts_folder: Path, classification_folder: Path | None, split: Split):
+        (self._pairs,) = sts.read_tasks(sts_folder, split)
+        labelled = classification_folder and classification.read_tasks(classification_folder, split)
+        self._labelled = labelled or []
+        self._split = split
+        self._untrained: dict[str, Statistic] = {}
+
+    def __call__(self, name: str, model: Path, window: Window | None = None) -> dict[str, Any]:
+        """The row of one model; those of `UNTRAINED` must come before all others."""
+        encoder = Encoder.from_pretrained(model, dtype="float32", device="cpu", window=window)
+        pairs = self._pairs.pairs
+        vectors = encoder.encode([*pairs.first, *pairs.second])
+        first, second = vectors[: len(pairs.first)], vectors[len(pairs.first) :]
+        statistic = spearman(pairs.scores, sts.cosines(first, second))
+        value, low, high = estimate(statistic, len(pairs.scores))
+        row: dict[str, Any] = {"rung": name, "split": self._split, "spearman": value, "low": low, "high": high}
+        if name in UNTRAINED:
+            self._untrained[name] = statistic
+        for base, before in self._untrained.items():
+            difference = paired_difference(before, statistic, len(pairs.scores))
             row |= {f"over_{base}": difference.value, f"over_{base}_low": difference.low}
-        rows.append(row)
-    return {"rows": rows, "losses": losses, "seconds": seconds}
+        for task in self._labelled:
+            features = encoder.encode(task.texts).astype(np.float64)
+            outcome = classification.classify(task, self._split, partial(fixed_features, features), [0])
+            row[task.name] = classification.score(task, self._split, name, outcome).value
+        return row
+
+
+def held_out_losses(run: Path) -> dict[str, float]:
+    """The held-out loss of a run before its first step and after its last."""
+    with (run / LOG).open(encoding="utf-8") as file:
+        losses = [entry["eval_loss"] for entry in map(json.loads, file) if "eval_loss" in entry]
+    return {"before": losses[0], "after": losses[-1]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of stories260K")
+    parser.add_argument("ladder", type=Path, help="YAML file of the rungs")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the base that all stand on")
     parser.add_argument("--texts", type=Path, required=True, help="a text a line, may end in .gz")
     parser.add_argument("--pairs", type=Path, required=True, help="rows of query, positive and negatives")
     parser.add_argument("--sts", type=Path, required=True, help="folder of the STS benchmark")
+    parser.add_argument("--classification", type=Path, help="folder of labelled texts")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored; choose on dev")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, which are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args(argv)
-    found = {seed: climb(arguments, seed) for seed in arguments.seeds}
-    report(
-        "ladder",
-        [row for result in found.values() for row in result["rows"]],
-        machine=describe_machine("cpu"),
-        output=arguments.output,
-        held_out={str(seed): result["losses"] for seed, result in found.items()},
-        seconds={str(seed): result["seconds"] for seed, result in found.items()},
-    )
+    rungs = read_ladder(arguments.ladder)
+    scorer = Scorer(arguments.sts, arguments.classification, arguments.split)
+    rows = [scorer(name, arguments.model, window) for name, window in UNTRAINED.items()]
+    losses: dict[str, dict[str, Any]] = {}
+    for seed in arguments.seeds:
+        climb(rungs, arguments, seed)
+        folder = arguments.runs / f"seed-{seed}"
+        rows += [{"seed": seed} | scorer(rung.name, folder / rung.name) for rung in rungs]
+        losses[str(seed)] = {r.name: held_out_losses(folder / r.name) for r in rungs if r.stage == "mntp"}
+    machine = describe_machine("cpu")
+    report("ladder", rows, machine=machine, output=arguments.output, held_out_losses=losses)
     return 0
 
 

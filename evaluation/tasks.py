@@ -117,7 +117,7 @@ def _classification(settings: EvaluateSettings) -> tuple[Encoder, Scored]:
     scores, data = [], {}
     for task in tasks:
         vectors = encoder.encode(task.texts).astype(np.float64)
-        systems: dict[str, classification.Features] = {"model": partial(_fixed_features, vectors)}
+        systems: dict[str, classification.Features] = {"model": partial(fixed_features, vectors)}
         if settings.baseline:
             systems |= {name: partial(_tfidf_features, name, task.texts) for name in BASELINES}
         for name, features in systems.items():
@@ -149,7 +149,7 @@ _TASKS: dict[Task, Callable[[EvaluateSettings], tuple[Encoder, Scored]]] = {
 }
 
 
-def _fixed_features(vectors: np.ndarray, _: np.ndarray) -> np.ndarray:
+def fixed_features(vectors: np.ndarray, _: np.ndarray) -> np.ndarray:
     """Embeddings, which nothing is fitted for."""
     return vectors
 
