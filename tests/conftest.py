@@ -8,6 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
+# a fork of a process whose OpenMP threads have run would hang where it needs them; and tests share their cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # triton reads it when it is imported, which whatever is imported next may do
