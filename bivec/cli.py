@@ -1,4 +1,7 @@
-"""The command line: `bivec embed`, `train`, `evaluate`, `inspect`. Nothing heavy is imported before a command runs."""
+"""The command line: `bivec embed`, `train`, `evaluate`, `export`, `inspect`.
+
+Nothing heavy is imported before a command runs.
+"""
 
 import json
 import signal
@@ -299,6 +302,28 @@ def compare(
         rows = comparison.compare(Report.read(first), Report.read(second))
         typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
         comparison.draw(rows, (first.stem, second.stem), output)
+
+
+@app.command("export")
+def export_model(
+    output: Annotated[str, typer.Option(help="A new folder.")],
+    model: Model = DEFAULT_MODEL,
+    adapter: Adapters = None,
+    pooling: Pooling = None,
+    max_length: MaxLength = 512,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
+    ] = "bfloat16",
+) -> None:
+    """Merge a model's adapters and write one folder, for bivec, transformers, sentence-transformers and their kin.
+
+    Example: bivec export --model runs/supervised --output encoder
+    """
+    with _one_line_errors():
+        from .engine.export import export
+
+        export(model, output, adapters=adapter or [], pooling=pooling, max_length=max_length, dtype=dtype)
+        typer.echo(output)
 
 
 @app.command()

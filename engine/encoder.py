@@ -1,6 +1,5 @@
 """`Encoder`: text in, vectors out. The public face of the engine."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ class Encoder:
         self.config = model.config
         self.pooling = pooling
         self.checkpoint = checkpoint
-        self.prompts, self.default_prompt_name = _read_prompts(checkpoint.tokenizer)
+        self.prompts, self.default_prompt_name = checkpoints.read_prompts(checkpoint.tokenizer)
         if checkpoint.run is not None and checkpoint.run.instruction:
             self.prompts["query"] = as_prompt(checkpoint.run.instruction)
         self._tokenizer = tokenizer
@@ -375,21 +374,6 @@ class Encoder:
         if show_progress_bar is None:
             return sys.stderr.isatty() and sum(map(len, texts)) > self.slab_tokens
         return show_progress_bar
-
-
-def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Prompts by name and the default's name, from sentence-transformers' configuration where a folder has one."""
-    path = folder / "config_sentence_transformers.json"
-    if not path.is_file():
-        return {}, None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        prompts, default = values.get("prompts") or {}, values.get("default_prompt_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a JSON object") from error
-    if not all(isinstance(text, str) for text in prompts.values()) or default not in (None, *prompts):
-        raise ValueError(f"{path}: prompts must be strings and default_prompt_name one of them, got {default!r}")
-    return prompts, default
 
 
 def _quantize(vectors: torch.Tensor, precision: Precision) -> torch.Tensor:

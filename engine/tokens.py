@@ -7,12 +7,15 @@ before it is tokenised, where that cannot change its first tokens.
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 import transformers
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
 _PREFIX_CHARACTERS = 8
@@ -141,3 +144,10 @@ def _reject(text: str, prompt: str) -> Rejected | None:
         except UnicodeEncodeError as error:
             return Rejected(f"the {name} holds a lone surrogate (U+{ord(value[error.start]):04X}) at {error.start}")
     return None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files from one folder to another."""
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -20,12 +20,11 @@ from ..engine.config import ModelConfig, load_config
 from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
-from ..engine.tokens import TextTokenizer, load_tokenizer
+from ..engine.tokens import TextTokenizer, copy_tokenizer, load_tokenizer
 from ..engine.weights import checkpoint_files, encoder_name, language_model_name, load_weights
 from .settings import PretrainSettings, TrainingSettings
 
 ADAPTER = "default"  # PEFT's name of the adapter in training
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass
@@ -97,9 +96,7 @@ class Trainee:
         values.pop("torch_dtype", None)
         values["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for name in _TOKENIZER_FILES:
-            if (self.checkpoint.tokenizer / name).is_file():
-                shutil.copyfile(self.checkpoint.tokenizer / name, folder / name)
+        copy_tokenizer(self.checkpoint.tokenizer, folder)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.network.named_parameters()}
         _save_tensors(tensors, folder / "model.safetensors")
 
