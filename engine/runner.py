@@ -93,7 +93,7 @@ class Runner:
         Args:
             windows: one a layer; default: the configuration's, bidirectional.
         """
-        tiles = self._cover(batch.num_tokens)
+        tiles = self.cover(batch.num_tokens)
         num_rows = tiles[-1].stop if tiles else 0
         hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
         torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[: batch.num_tokens])
@@ -142,7 +142,7 @@ class Runner:
         gated = layer.up(normed, multiply=layer.gate(normed, activation="silu"))
         return layer.down(gated, add=hidden)
 
-    def _cover(self, num_tokens: int) -> list[slice]:
+    def cover(self, num_tokens: int) -> list[slice]:
         """Row ranges of tiles that cover `num_tokens` rows: whole tiles first, then little of one left unused."""
         tiles: list[slice] = []
         start = 0
