@@ -12,12 +12,13 @@ call can be captured in a CUDA graph, and a sequence's result depends on nothing
 import torch
 from torch import Tensor
 
-from .attention_arguments import check_chances, check_scale, check_seeds, check_tensors, check_window, describe
+from .attention_arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
 from .attention_backward import attention_backward_long
 from .attention_forward import attention_forward_long
 from .attention_masks import AttentionMask
 from .attention_short import attention_backward_short, attention_forward_short
 from .attention_tiles import attention_tiles
+from .checks import describe
 from .ragged import INTERPRETED
 
 

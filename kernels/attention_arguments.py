@@ -5,9 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+from .checks import describe
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:

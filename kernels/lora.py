@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import describe
+
 LANES = 2**16  # values of an element's random bits
 CHUNK = 2**17  # elements whose random bits stay in the cache
 
@@ -211,20 +213,16 @@ def lora_linears(
         )
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
     if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point (T, in), got {_describe(x)}")
+        raise ValueError(f"x must be floating point (T, in), got {describe(x)}")
     if not linears:
         raise ValueError("linears must hold at least one linear, got none")
     for weight, bias, lora_a, lora_b, scaling, frozen in linears:
         if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
-            raise ValueError(f"weight must be (out, {x.shape[1]}) in x's dtype {x.dtype}, got {_describe(weight)}")
+            raise ValueError(f"weight must be (out, {x.shape[1]}) in x's dtype {x.dtype}, got {describe(weight)}")
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-            raise ValueError(f"bias must be ({weight.shape[0]},) in x's dtype {x.dtype}, got {_describe(bias)}")
+            raise ValueError(f"bias must be ({weight.shape[0]},) in x's dtype {x.dtype}, got {describe(bias)}")
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"{name} must be frozen (requires_grad False): no gradient is computed for it")
@@ -243,8 +241,8 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
 
 def _check_adapter(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, kind: str) -> None:
     if a.dim() != 2 or a.shape[0] == 0 or a.shape[1] != x.shape[1] or not a.is_floating_point():
-        raise ValueError(f"{kind}lora_a must be floating point (r, {x.shape[1]}) with r above 0, got {_describe(a)}")
+        raise ValueError(f"{kind}lora_a must be floating point (r, {x.shape[1]}) with r above 0, got {describe(a)}")
     if b.shape != (weight.shape[0], a.shape[0]) or not b.is_floating_point():
-        raise ValueError(f"{kind}lora_b must be floating point {(weight.shape[0], a.shape[0])}, got {_describe(b)}")
+        raise ValueError(f"{kind}lora_b must be floating point {(weight.shape[0], a.shape[0])}, got {describe(b)}")
     if not math.isfinite(scaling):
         raise ValueError(f"{kind}scaling must be finite, got {scaling}")
