@@ -1,17 +1,17 @@
 """What each stage adds: a small Llama climbs a ladder of training runs, with several seeds, and every rung is scored.
 
-    python -m bivec.benchmarks.ladder recipes/stories260k/ladder.yaml --model stories260K --texts wiki.txt.gz \
-        --pairs nli.csv --sts STSB --runs runs --output ladder.json
+    python -m bivec.benchmarks.ladder recipes/stories260k/ladder.yaml --model stories260K \
+        --data texts=wiki.txt.gz pairs=nli.csv --sts STSB --runs runs --output ladder.json
 
 The ladder is a YAML mapping of rungs; each has its recipe, the rung whose run it goes on from (without one, the
-model), and the file it learns from; other fields override the recipe's:
+model), and the data it learns from, by the name that `--data` gives it; other fields override the recipe's:
 
     simcse: {after: mntp, recipe: simcse.yaml, data: texts}
 
 Scored is the Spearman correlation on the STS benchmark, with a bootstrap interval and the paired difference from the
-untrained model, bidirectional and causal; and with `--classification`, the accuracy of a logistic regression. Runs of
-the mntp stage report their loss on held-out texts before and after. A ladder that was interrupted goes on where it
-stopped; one that is done is only scored.
+untrained model, bidirectional and causal; and with `--classification`, the accuracy of a logistic regression. The last
+lines of `texts` are held out, and runs of the mntp stage report their loss on them before and after. A ladder that was
+interrupted goes on where it stopped; one that is done is only scored.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -47,7 +47,7 @@ class Rung(NamedTuple):
     stage: str
     recipe: Path
     after: str | None
-    data: Literal["texts", "pairs"]
+    data: str
     fields: dict[str, Any]
 
 
@@ -64,8 +64,8 @@ def read_ladder(path: Path) -> list[Rung]:
     for name, entry in entries.items():
         fields = dict(entry) if isinstance(entry, dict) else {}
         recipe, after, data = (fields.pop(key, None) for key in ("recipe", "after", "data"))
-        if recipe is None or data not in ("texts", "pairs"):
-            raise ValueError(f"{path}: {name} needs a recipe, and data that is texts or pairs")
+        if recipe is None or data is None:
+            raise ValueError(f"{path}: {name} needs a recipe and data")
         if after is not None and after not in [rung.name for rung in rungs]:
             raise ValueError(f"{path}: {name} comes after {after!r}, which is not above it")
         stage = yaml.safe_load((path.parent / recipe).read_text(encoding="utf-8"))["stage"]
@@ -85,15 +85,27 @@ def split_texts(path: Path, folder: Path) -> tuple[Path, Path]:
     return training, held_out
 
 
+def named_file(argument: str) -> tuple[str, Path]:
+    name, separator, path = argument.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {argument!r}")
+    return name, Path(path)
+
+
 def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
     """Train every rung of one seed that is not trained yet."""
-    training, held_out = split_texts(arguments.texts, arguments.runs)
+    files = dict(arguments.data)
+    held_out = None
+    if "texts" in files:
+        files["texts"], held_out = split_texts(files["texts"], arguments.runs)
     for rung in rungs:
+        if rung.data not in files:
+            raise ValueError(f"{rung.name} learns from {rung.data}: give --data {rung.data}=FILE")
         output = arguments.runs / f"seed-{seed}" / rung.name
         model = arguments.model if rung.after is None else output.parent / rung.after
         given = ["--recipe", rung.recipe, "--model", model, "--output", output, "--seed", seed]
-        given += ["--data", training if rung.data == "texts" else arguments.pairs]
-        if rung.stage == "mntp":
+        given += ["--data", files[rung.data]]
+        if rung.stage == "mntp" and held_out is not None:
             given += ["--eval-data", held_out]
         for field, value in rung.fields.items():
             given += [f"--{field}", *(value if isinstance(value, list) else [value])]
@@ -137,15 +149,21 @@ def held_out_losses(run: Path) -> dict[str, float]:
     """The held-out loss of a run before its first step and after its last."""
     with (run / LOG).open(encoding="utf-8") as file:
         losses = [entry["eval_loss"] for entry in map(json.loads, file) if "eval_loss" in entry]
-    return {"before": losses[0], "after": losses[-1]}
+    return {"before": losses[0], "after": losses[-1]} if losses else {}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ladder", type=Path, help="YAML file of the rungs")
     parser.add_argument("--model", type=Path, required=True, help="folder of the base that all stand on")
-    parser.add_argument("--texts", type=Path, required=True, help="a text a line, may end in .gz")
-    parser.add_argument("--pairs", type=Path, required=True, help="rows of query, positive and negatives")
+    parser.add_argument(
+        "--data",
+        type=named_file,
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        help="what the rungs learn from; texts is a text a line and may end in .gz",
+    )
     parser.add_argument("--sts", type=Path, required=True, help="folder of the STS benchmark")
     parser.add_argument("--classification", type=Path, help="folder of labelled texts")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored; choose on dev")
@@ -161,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         climb(rungs, arguments, seed)
         folder = arguments.runs / f"seed-{seed}"
         rows += [{"seed": seed} | scorer(rung.name, folder / rung.name) for rung in rungs]
-        losses[str(seed)] = {r.name: held_out_losses(folder / r.name) for r in rungs if r.stage == "mntp"}
+        losses[str(seed)] = {rung.name: held_out_losses(folder / rung.name) for rung in rungs if rung.stage == "mntp"}
     machine = describe_machine("cpu")
     report("ladder", rows, machine=machine, output=arguments.output, held_out_losses=losses)
     return 0

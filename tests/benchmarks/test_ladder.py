@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -40,9 +41,9 @@ def folder(tmp_path, sentence):
 @pytest.fixture
 def climb(folder, tiny_llama_folder, monkeypatch, capsys):
     def climb() -> dict:
-        files = {"model": tiny_llama_folder, "texts": folder / "texts.txt", "pairs": folder / "pairs.csv"}
-        files |= {"sts": folder, "classification": folder, "runs": folder / "runs"}
+        files = {"model": tiny_llama_folder, "sts": folder, "classification": folder, "runs": folder / "runs"}
         given = [str(part) for name, path in files.items() for part in (f"--{name}", path)]
+        given += ["--data", f"texts={folder / 'texts.txt'}", f"pairs={folder / 'pairs.csv'}"]
         assert ladder.main([str(folder / "ladder.yaml"), *given, "--seeds", "3", "4"]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -84,8 +85,8 @@ def test_every_rung_is_trained_once_and_scored(climb, folder):
     ("content", "message"),
     [
         ("- mntp", "ladder.yaml must be a mapping of rungs"),
-        ("mntp: {data: texts}", "mntp needs a recipe, and data that is texts or pairs"),
-        ("mntp: {recipe: mntp.yaml, data: books}", "mntp needs a recipe, and data that is texts or pairs"),
+        ("mntp: {data: texts}", "mntp needs a recipe and data"),
+        ("mntp: {recipe: mntp.yaml}", "mntp needs a recipe and data"),
         ("mntp: {recipe: mntp.yaml, data: texts, after: base}", "mntp comes after 'base', which is not above it"),
     ],
 )
@@ -95,7 +96,18 @@ def test_a_malformed_ladder(folder, content, message):
         ladder.read_ladder(folder / "ladder.yaml")
 
 
+def test_data_that_is_not_given(folder, tiny_llama_folder, monkeypatch, capsys):
+    given = ["--model", tiny_llama_folder, "--sts", folder, "--runs", folder / "runs", "--data"]
+    given = [str(part) for part in (folder / "ladder.yaml", *given)]
+    with pytest.raises(ValueError, match="mntp learns from texts: give --data texts=FILE"):
+        ladder.main([*given, f"pairs={folder / 'pairs.csv'}"])
+    with pytest.raises(SystemExit):
+        ladder.main([*given, "pairs.csv"])
+    assert "must be NAME=FILE, got 'pairs.csv'" in capsys.readouterr().err
+
+
 def test_the_recipes_ladders_can_be_read():
-    recipes = ladder.Path(ladder.__file__).resolve().parents[1] / "recipes"
+    recipes = Path(ladder.__file__).resolve().parents[1] / "recipes"
     found = {path.parent.name: ladder.read_ladder(path) for path in recipes.glob("*/ladder.yaml")}
     assert [rung.stage for rung in found["stories260k"]] == ["mntp", "mntp", "simcse", "supervised"]
+    assert {rung.data for rung in found["tiny"]} == {"texts", "crops", "pairs"}
