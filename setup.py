@@ -17,7 +17,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["bivec", *(f"bivec.{layer}" for layer in LAYERS)],
-    package_data={"bivec": ["py.typed"]},
+    package_data={"bivec": ["py.typed"], "bivec.engine": ["default_model/*", "default_model/*/*"]},
     entry_points={"console_scripts": ["bivec = bivec.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",

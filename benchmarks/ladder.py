@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ..engine.config import CAUSAL, Window
+from ..engine.config import BIDIRECTIONAL, CAUSAL, Window
 from ..engine.encoder import Encoder
 from ..evaluation import classification, sts
 from ..evaluation.splits import Split
@@ -37,7 +37,7 @@ from .machine import describe_machine
 from .timing import report
 
 HELD_OUT = 1000  # texts
-UNTRAINED: dict[str, Window | None] = {"causal": CAUSAL, "bidirectional": None}  # rows of every table, by their mask
+UNTRAINED = {"causal": CAUSAL, "bidirectional": BIDIRECTIONAL}  # rows of every table, by their mask
 
 
 class Rung(NamedTuple):

@@ -14,10 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from . import __version__
-
-# a later default will be bundled; until then the smallest public Llama that everyone can download
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM-135M"
+from . import DEFAULT_MODEL, __version__
 
 app = typer.Typer(
     name="bivec",
@@ -38,7 +35,11 @@ evaluation = typer.Typer(
 app.add_typer(evaluation)
 
 Model = Annotated[
-    str, typer.Option(help="Hub id or folder: a Llama, Mistral, Qwen2 or Qwen3, or a PEFT or LLM2Vec adapter of one.")
+    str,
+    typer.Option(
+        help="Hub id or folder: a Llama, Mistral, Qwen2 or Qwen3, an adapter of one, or a training run.",
+        show_default="a small demonstration encoder that comes with bivec",
+    ),
 ]
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", help="LoRA adapter, hub id or folder; repeat to stack, in order.")
@@ -86,7 +87,7 @@ def embed(
     output: Annotated[
         str, typer.Option(help="One .parquet file, or a folder of shards. Columns: id and embedding, in input order.")
     ],
-    model: Model = DEFAULT_MODEL,
+    model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     text_column: Annotated[str, typer.Option(help="Column or key of the text.")] = "text",
     id_column: Annotated[
@@ -197,7 +198,7 @@ def train(
 def evaluate_labelled(
     context: typer.Context,
     data: Data,
-    model: Model = DEFAULT_MODEL,
+    model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
     max_length: MaxLength = 512,
@@ -240,7 +241,7 @@ def evaluate_labelled(
 def evaluate_unlabelled(
     context: typer.Context,
     data: Data,
-    model: Model = DEFAULT_MODEL,
+    model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     max_length: MaxLength = 512,
     device: Device = "auto",
@@ -307,7 +308,7 @@ def compare(
 @app.command("export")
 def export_model(
     output: Annotated[str, typer.Option(help="A new folder.")],
-    model: Model = DEFAULT_MODEL,
+    model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
     max_length: MaxLength = 512,
@@ -328,7 +329,7 @@ def export_model(
 
 @app.command()
 def inspect(
-    model: Model = DEFAULT_MODEL,
+    model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
     max_length: MaxLength = 512,
@@ -383,10 +384,10 @@ def _table(description: dict[str, Any]) -> Iterator[str]:
 
 
 def _warn_of_default(model: str) -> None:
-    if model == DEFAULT_MODEL:
+    if model == str(DEFAULT_MODEL):
         typer.echo(
-            f"note: {DEFAULT_MODEL} is a base language model that was not trained as an encoder: "
-            "its vectors are fit for trying bivec, not for search. Choose a trained one with --model.",
+            "note: the default model is a demonstration of 4 million parameters: its vectors are fit for trying bivec, "
+            "not for search. Choose another with --model.",
             err=True,
         )
 

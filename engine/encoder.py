@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .. import DEFAULT_MODEL
 from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
 from .adapters import merge_adapters
@@ -65,7 +66,7 @@ class Encoder:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path,
+        model: str | Path | None = None,
         adapters: Sequence[str | Path] = (),
         pooling: str | None = None,
         max_length: int = 512,
@@ -82,7 +83,7 @@ class Encoder:
 
         Args:
             model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter
-                of one, or of a run of `bivec train`.
+                of one, or of a run of `bivec train`; default the small demonstration encoder that comes with bivec.
             adapters: further LoRA adapters, merged in this order.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
             max_length: tokens a text is cut to, special tokens included; never more than the model has positions.
@@ -102,7 +103,7 @@ class Encoder:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
-        checkpoint = checkpoints.resolve(model, tuple(adapters), hub)
+        checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, tuple(adapters), hub)
         config = load_config(checkpoint.base)
         backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
         max_length = min(max_length, config.max_position_embeddings)

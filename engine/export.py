@@ -85,6 +85,7 @@ def export(
             instruction=instruction,
             readout_shift=run.readout_shift if run else 0,
         ).write(temporary)
+        _open_to_readers(temporary)
         if output.exists():
             output.rmdir()
         temporary.replace(output)
@@ -124,6 +125,13 @@ def _write_modules(folder: Path, width: int, pooling: str, max_length: int) -> N
     _write_json(
         folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes, "include_prompt": False}
     )
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Safetensors makes its files for their owner alone; give them the mode of any other new file."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _write_json(path: Path, value: Any) -> None:

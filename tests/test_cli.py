@@ -133,10 +133,8 @@ def test_the_default_model_is_announced_for_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load_encoder", load)
     found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
     note, error = found.stderr.splitlines()
-    assert note.startswith(
-        "note: HuggingFaceTB/SmolLM-135M is a base language model that was not trained as an encoder"
-    )
-    assert error == "error: HuggingFaceTB/SmolLM-135M is not here"
+    assert note.startswith("note: the default model is a demonstration of 4 million parameters")
+    assert error == f"error: {bivec.DEFAULT_MODEL} is not here"
     found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet", "--model", "other")
     assert found.stderr == "error: other is not here\n"
 

@@ -67,7 +67,9 @@ def test_wheel_installs_only_bivec(wheel, tmp_path):
         sources = {f"bivec/{layer}/{file.name}" for file in (ROOT / layer).glob("*.py")}
         assert sources <= set(names)
         assert sources
-    assert "bivec/py.typed" in names
+    model = ROOT / "engine" / "default_model"
+    files = {f"bivec/engine/default_model/{path.relative_to(model)}" for path in model.rglob("*") if path.is_file()}
+    assert {"bivec/py.typed", "bivec/engine/default_model/model.safetensors"} | files <= set(names)
 
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), str(wheel)], check=True

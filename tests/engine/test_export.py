@@ -83,6 +83,11 @@ def test_weights_are_rounded_once(run, tmp_path):
         assert all(torch.equal(rounded[name], whole[name].to(dtype)) for name in whole)
 
 
+def test_whoever_reads_one_file_reads_all(run, tmp_path):
+    export(run, tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
+
+
 def test_what_cannot_be_exported(run, tmp_path, tiny_llama_folder):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
