@@ -89,12 +89,12 @@ def test_values_out_of_range_are_refused_by_name(stage, arguments, message):
 
 
 def test_every_recipe_of_the_project_can_be_read():
-    paths = sorted(RECIPES.glob("*/*.yaml"))
-    assert len(paths) >= 15
+    paths = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "ladder.yaml")
+    assert len(paths) >= 23
     for path in paths:
         stage = yaml.safe_load(path.read_text())["stage"]
         settings = read_settings(stage, ["--recipe", str(path), "--data", "a.txt", "--output", "run", "--model", "m"])
-        assert settings.stage == path.stem == stage
+        assert settings.stage == stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
