@@ -20,7 +20,7 @@ class RunDescription:
     """How the vectors of a run are made.
 
     Attributes:
-        stage: pretrain, mntp, simcse or supervised.
+        stage: pretrain, mntp, simcse or supervised; export for a folder that `bivec export` merged.
         base_model: folder or hub id of the original base; None where the run's own folder is the checkpoint.
         earlier: adapters beneath the run's own, oldest first, as folders within the run's.
         window: the mask it was trained for, `(left, right)` with -1 for all.
