@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .machine import describe_machine, other_cpu_seconds
+from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, linear_rates, write_checkpoint
 from .texts import DATA, read_lines, real_mix, synthetic_mix, token_counts
 from .timing import Timing, argument_parser, error_text, measure, ratio, report, table
@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         ours = [load_bivec(folder, choice, device, arguments.max_length) for choice in ("auto", "float32")]
         lengths, short = describe_texts(folder, texts, arguments.max_length)
 
-    start, others_before = time.perf_counter(), other_cpu_seconds()
+    others = BusyElsewhere()
     # wall time from strings to numpy, on CUDA too
     clocked = functools.partial(measure, device=device, clock=time.perf_counter)
     half = texts[: max(len(texts) // 2, 1)]
-    others = [peer for peer in peers if peer.name != DEFAULT]
-    sweep = clocked({peer.name: peer.variant(half) for peer in others}, rounds=1, warmup=1)
+    swept = [peer for peer in peers if peer.name != DEFAULT]
+    sweep = clocked({peer.name: peer.variant(half) for peer in swept}, rounds=1, warmup=1)
     print(table([timing.row() for timing in sweep.values()]), file=sys.stderr, flush=True)
     finalists = sorted((t for t in sweep.values() if not t.skipped), key=lambda t: t.median)[:2]
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     timings = clocked({e.name: e.variant(texts, vectors) for e in entrants}, rounds=rounds, warmup=2 if on_cuda else 1)
     best = fastest(timings)
     best_latency = fastest(latencies)
-    disturbance = (other_cpu_seconds() - others_before) / (time.perf_counter() - start)
+    disturbance = others.cores()
     dtypes = sorted({entrant.dtype for entrant in entrants if not isinstance(entrant.encode, str)})
     rates = {dtype: linear_rates(shape, getattr(torch, dtype), device) for dtype in dtypes}
     control = causal_control(models["float32", "sdpa"], texts, vectors.get(DEFAULT))
@@ -138,8 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         best_peer_latency=best_latency.name,
         sweep=[timing.row() for timing in sweep.values()],
     )
-    if disturbance > 0.05:
-        print(f"other processes kept {disturbance:.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    warn_if_disturbed(disturbance)
     return 1 if any(row["least_cosine"] is not None and row["refused"] for row in rows) else 0
 
 

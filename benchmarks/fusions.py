@@ -9,7 +9,6 @@ largest of the outputs and gradients as a share of the largest value.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from ..kernels.norm import add_rms_norm, rms_norm
 from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
 from .lora import largest_error
-from .machine import describe_machine, other_cpu_seconds
+from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .timing import argument_parser, measure, ratio, report
 
 EAGER = "eager"
@@ -121,14 +120,13 @@ def main(argv: list[str] | None = None) -> int:
     busy: list[float] = []
     for dtype in arguments.dtypes:
         for case in QUICK if arguments.quick else CASES:
-            others_before, clock_before = other_cpu_seconds(), time.perf_counter()
+            others = BusyElsewhere()
             for name, operation in operations(case, getattr(torch, dtype), device).items():
                 labels = {"operation": name, "case": case.name, "dtype": dtype, "num_tokens": case.num_tokens}
                 rows += [labels | row for row in run(operation, device, rounds, not arguments.no_compile)]
-            busy.append((other_cpu_seconds() - others_before) / (time.perf_counter() - clock_before))
+            busy.append(others.cores())
     report("fusions", rows, machine=describe_machine(device), cores_busy_elsewhere=max(busy), output=arguments.output)
-    if max(busy) > 0.05:
-        print(f"other processes kept up to {max(busy):.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    warn_if_disturbed(max(busy))
     return 0
 
 

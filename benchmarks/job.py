@@ -8,7 +8,6 @@ a crash at any moment, the peer one file and no more. Two costs are taken apart:
 
 - `durable_share`: seconds in syncing, renaming, hashing and writing records and manifest, of the job's;
 - `unused_rows`: rows of slabs that hold no token, of those that do, the price of batch invariance.
-
 """
 
 import contextlib
@@ -34,7 +33,7 @@ from ..serving import job
 from ..serving.folder import ShardOutput
 from ..serving.manifest import Manifest
 from .embed import PEER, choose_texts, describe_texts, load_sentence_transformer
-from .machine import describe_machine, other_cpu_seconds
+from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, write_checkpoint
 from .texts import DATA
 from .timing import argument_parser, measure, ratio, report
@@ -114,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
             model = load_sentence_transformer(str(folder / "model"), dtype, "sdpa", device, encoder.max_length)
             job_of_peer = functools.partial(peer_job, model, batch_size, source, folder / "peer.parquet")
             variants[f"{PEER} {name}"] = model if isinstance(model, str) else job_of_peer
-        start, others_before = time.perf_counter(), other_cpu_seconds()
+        others = BusyElsewhere()
         rounds = arguments.rounds or (2 if arguments.quick else 3)
         timings = measure(variants, rounds=rounds, warmup=1, device=device, clock=time.perf_counter)
-        disturbance = (other_cpu_seconds() - others_before) / (time.perf_counter() - start)
+        disturbance = others.cores()
         costs, start = Costs(), time.perf_counter()
         with costs.counted():
             bivec_job(encoder, source, folder / "out")
@@ -143,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         unused_rows=costs.num_rows / costs.num_tokens - 1,
         cores_busy_elsewhere=disturbance,
     )
+    warn_if_disturbed(disturbance)
     return 0
 
 

@@ -15,7 +15,6 @@ interrupted goes on where it stopped; one that is done is only scored.
 """
 
 import argparse
-import gzip
 import json
 import sys
 from functools import partial
@@ -34,6 +33,7 @@ from ..evaluation.tasks import fixed_features
 from ..training import read_settings, train
 from ..training.loop import LOG
 from .machine import describe_machine
+from .texts import open_text
 from .timing import report
 
 HELD_OUT = 1000  # texts
@@ -77,7 +77,7 @@ def split_texts(path: Path, folder: Path) -> tuple[Path, Path]:
     """Training and held-out texts as files: the last `HELD_OUT` lines that are not blank are held out."""
     training, held_out = folder / "training.txt", folder / "held-out.txt"
     if not held_out.is_file():
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             lines = [line for line in file if line.strip()]
         folder.mkdir(parents=True, exist_ok=True)
         training.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")

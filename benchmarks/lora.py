@@ -9,7 +9,6 @@ each gradient as a share of the largest value, beside those of PEFT's layers.
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ..kernels.lora import LoraLinear, lora_linears
-from .machine import describe_machine, other_cpu_seconds
+from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .timing import argument_parser, measure, ratio, report
 
 FROZEN = "frozen"
@@ -104,10 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     busy: list[float] = []
     for dtype in arguments.dtypes:
         for case in QUICK if arguments.quick else CASES:
-            others_before, clock_before = other_cpu_seconds(), time.perf_counter()
+            others = BusyElsewhere()
             measured = run_case(case, getattr(torch, dtype), device, arguments.dropout, rounds)
-            seconds = time.perf_counter() - clock_before
-            busy.append((other_cpu_seconds() - others_before) / seconds)
+            busy.append(others.cores())
             rows += [row | {"cores_busy_elsewhere": busy[-1]} for row in measured]
     report(
         "lora",
@@ -115,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         machine=describe_machine(device),
         output=arguments.output,
     )
-    if max(busy) > 0.05:
-        print(f"other processes kept up to {max(busy):.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    warn_if_disturbed(max(busy))
     return 0
 
 

@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,6 +74,22 @@ def other_cpu_seconds() -> float:
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks)
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy - sum(os.times()[:4])
+
+
+class BusyElsewhere:
+    """How many cores other processes keep busy from the moment this is made: what disturbs a measurement."""
+
+    def __init__(self) -> None:
+        self._clock, self._others = time.perf_counter(), other_cpu_seconds()
+
+    def cores(self) -> float:
+        return (other_cpu_seconds() - self._others) / (time.perf_counter() - self._clock)
+
+
+def warn_if_disturbed(cores: float) -> None:
+    """Say on stderr that a measurement during which others kept `cores` cores busy should be repeated."""
+    if cores > 0.05:
+        print(f"other processes kept up to {cores:.2f} cores busy meanwhile: measure again", file=sys.stderr)
 
 
 def gpu_state() -> str | None:

@@ -8,6 +8,7 @@ import gzip
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -15,10 +16,14 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # optional; neve
 PARAGRAPH_CHARACTERS = (300, 1000)
 
 
+def open_text(path: Path) -> IO[str]:
+    """A text file, which may end in .gz, to be read."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file, which may end in .gz."""
-    path = Path(path)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with open_text(Path(path)) as file:
         return file.read().splitlines()
 
 

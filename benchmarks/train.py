@@ -33,7 +33,7 @@ from ..training.settings import SimcseSettings, SupervisedSettings, TrainingSett
 from ..training.stages import make_stage
 from ..training.trainee import load_trainee
 from .embed import choose_texts
-from .machine import describe_machine, other_cpu_seconds
+from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, write_checkpoint
 from .texts import DATA, token_counts
 from .timing import argument_parser, measure, ratio, report
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     mix, texts = choose_texts(None, arguments.data, arguments.synthetic, 2 * num_texts)
     texts = list(dict.fromkeys(texts))[:num_texts]
     random.Random(0).shuffle(texts)
-    start, others_before = time.perf_counter(), other_cpu_seconds()
+    others = BusyElsewhere()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(SHAPES[shape_name], folder, texts, tokenizer=arguments.tokenizer, device=str(device))
         from transformers import AutoTokenizer
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             for stage in arguments.stages
             for row in run_stage(stage, folder, texts, arguments.dtype, device, rounds)
         ]
-    disturbance = (other_cpu_seconds() - others_before) / (time.perf_counter() - start)
+    disturbance = others.cores()
     report(
         "train",
         rows,
@@ -242,8 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens=lengths,
         cores_busy_elsewhere=disturbance,
     )
-    if disturbance > 0.05:
-        print(f"other processes kept {disturbance:.2f} cores busy meanwhile: measure again", file=sys.stderr)
+    warn_if_disturbed(disturbance)
     return 0
 
 

@@ -9,7 +9,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .weights import list_problems, read_tensors
+from .checkpoints import Checkpoint
+from .config import ModelConfig
+from .model import LlamaModel
+from .weights import checkpoint_files, encoder_name, list_problems, load_weights, read_tensors
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -75,6 +78,15 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
             base.weight.data = base.weight.data.to(dtype)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, base)
+
+
+def load_merged(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> LlamaModel:
+    """A checkpoint's base in `dtype`, its adapters merged; raises as `load_weights` and `stack_adapters`."""
+    with torch.device("meta"):
+        llama = LlamaModel(config)
+    load_weights(llama, checkpoint_files(checkpoint.base), dtype, encoder_name)
+    merge_adapters(llama, checkpoint.adapters)
+    return llama
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> None:

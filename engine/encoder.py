@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .. import DEFAULT_MODEL
 from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
-from .adapters import merge_adapters
+from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
 from .model import LanguageModel, LlamaModel
@@ -20,7 +20,7 @@ from .packing import PackedBatch, pack
 from .runner import Runner
 from .selftest import check_mask
 from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
-from .weights import checkpoint_files, encoder_name, language_model_name, load_weights
+from .weights import checkpoint_files, language_model_name, load_weights
 
 Precision = Literal["float32", "float16", "int8"]
 PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
@@ -108,10 +108,7 @@ class Encoder:
         backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
         max_length = min(max_length, config.max_position_embeddings)
         tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
-        with torch.device("meta"):
-            llama = LlamaModel(config)
-        load_weights(llama, checkpoint_files(checkpoint.base), chosen_dtype, encoder_name)
-        merge_adapters(llama, checkpoint.adapters)
+        llama = load_merged(checkpoint, config, chosen_dtype)
         llama.to(chosen_device).eval()
         run = checkpoint.run
         return cls(

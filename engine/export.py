@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from .adapters import merge_adapters
+from .adapters import load_merged
 from .checkpoints import read_prompts, resolve
 from .config import BIDIRECTIONAL, load_config
-from .model import LlamaModel
 from .ops import DTYPES
 from .run_folder import RunDescription
 from .tokens import as_prompt, copy_tokenizer
-from .weights import checkpoint_files, encoder_name, load_weights
 
 # sentence-transformers' name of each pooling mode
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
@@ -58,11 +56,7 @@ def export(
         raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {pooling!r}")
     if run is not None and run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
-    with torch.device("meta"):
-        llama = LlamaModel(config)
-    load_weights(llama, checkpoint_files(checkpoint.base), torch.float32, encoder_name)
-    merge_adapters(llama, checkpoint.adapters)
-    llama.to(DTYPES[dtype])
+    llama = load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype])
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

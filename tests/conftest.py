@@ -4,6 +4,7 @@ Without a GPU the Triton kernels are interpreted.
 """
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ TRAINING_TEXT = [
     "bidirectional attention lets every token see every other token",
     "München, naïve café, 北京, emoji 😀 and punctuation!?",
 ] * 4
+
+WORDS = ["quick", "brown", "fox", "lazy", "dog", "packed", "batch", "holds", "many", "sequences", "side", "token"]
 
 TINY = {
     "hidden_size": 64,
@@ -153,6 +156,13 @@ def fork():
 def exit_code():
     """`run_in_child`, for tests that kill what they run."""
     return run_in_child
+
+
+@pytest.fixture
+def sentence():
+    """Draws sentences of 4 to 12 words, ever the same ones."""
+    chance = random.Random(0)
+    return lambda: " ".join(chance.choices(WORDS, k=chance.randint(4, 12)))
 
 
 @pytest.fixture

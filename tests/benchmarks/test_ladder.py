@@ -1,21 +1,13 @@
 """The ladder of training runs on a tiny model: rungs stand on each other, are trained once and scored in one table."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 
 from bivec.benchmarks import ladder
 
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "sees", "a", "small", "tree")
 RECIPE = "stage: {}\nmax_steps: 2\nbatch_size: 4\nmax_length: 32\neval_steps: 2\nlora_r: 2\ndtype: float32\n"
-
-
-@pytest.fixture
-def sentence():
-    chance = random.Random(0)
-    return lambda: " ".join(chance.choices(WORDS, k=chance.randint(3, 9)))
 
 
 @pytest.fixture

@@ -1,20 +1,9 @@
 """Small files in each task's layout, and a random adapter of the tiny model beside transformers and PEFT's own."""
 
-import random
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-
-WORDS = ["quick", "brown", "fox", "lazy", "dog", "packed", "batch", "holds", "many", "sequences", "side", "token"]
-
-
-@pytest.fixture
-def sentence():
-    """Draws sentences of 4 to 12 words, ever the same ones."""
-    chance = random.Random(0)
-    return lambda: " ".join(chance.choices(WORDS, k=chance.randint(4, 12)))
 
 
 @pytest.fixture
