@@ -284,7 +284,7 @@ def test_no_synchronisation():
 
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from bivec.kernels.contrastive import contrastive_loss
 rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -300,6 +300,7 @@ for settings in torch.load(f"{folder}/cases.pt"):
     results.append([loss.detach(), *torch.autograd.grad(loss, [queries, keys, temperature], torch.tensor(1.4))])
 torch.save(results, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads may still drop Python objects, which aborts an interpreter that is being torn down
 """
 
 
@@ -354,7 +355,7 @@ def test_two_processes_equal_one_on_the_joined_batch(device, tmp_path):
 
 
 UNEQUAL_RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from bivec.kernels.contrastive import contrastive_loss
 rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
