@@ -20,7 +20,7 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
     config, runner, checkpoint = encoder.config, encoder.runner, encoder.checkpoint
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
     windows = sorted(set(encoder.windows))
-    activations = runner.pass_bytes(encoder.slab_tokens)
+    activations = runner.pass_bytes(encoder.slabs.tokens)
     heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
     _, why = choose_dtype(encoder.asked_dtype, encoder.device)
     return {
@@ -52,7 +52,8 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
         "memory": {
             "weights": _mebibytes(parameters * encoder.dtype.itemsize),
             "weights packed for inference": _mebibytes(runner.packed_bytes),
-            "activations": f"{_mebibytes(activations)} for a pass of {encoder.slab_tokens} tokens",
+            "activations": f"{_mebibytes(activations)} for a pass of {encoder.slabs.tokens} tokens, "
+            f"{runner.passes_at_once} at once",
         },
         "self-test": encoder.self_test,
     }
@@ -81,7 +82,6 @@ def identity(encoder: "Encoder") -> dict[str, Any]:
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "backend": encoder.backend,
         "device": f"{encoder.device.type}: {device}",
-        "slab_tokens": encoder.slab_tokens,
         "row_tiles": list(encoder.runner.tiles),
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
     }

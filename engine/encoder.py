@@ -16,9 +16,10 @@ from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
 from .model import LanguageModel, LlamaModel
-from .packing import PackedBatch, pack
+from .packing import PackedBatch
 from .runner import Runner
 from .selftest import check_mask
+from .slabs import Slabs
 from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
 from .weights import checkpoint_files, language_model_name, load_weights
 
@@ -26,8 +27,6 @@ Precision = Literal["float32", "float16", "int8"]
 PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
 _WINDOW = 8192  # texts that are tokenised and packed together
-_SLAB_TOKENS = {"cpu": 4096, "cuda": 8192}
-_SLAB_SEQUENCES = 1024
 
 
 class Encoder:
@@ -61,7 +60,9 @@ class Encoder:
         self.runner = Runner(model, backend)
         self.windows = self.config.windows(window)
         self.self_test = check_mask(self.runner, self.config, self.windows)
-        self.slab_tokens = max(_SLAB_TOKENS[self.device.type], self.max_length)
+        self.slabs = Slabs(
+            self.device, longest=self.max_length, at_once=self.runner.passes_at_once, tile=self.runner.tiles[-1]
+        )
 
     @classmethod
     def from_pretrained(
@@ -277,8 +278,8 @@ class Encoder:
         vectors = np.zeros((len(tokenized), truncate_dim or dim), dtype=PRECISIONS[precision])
         reasons = [text.reason if isinstance(text, Rejected) else None for text in tokenized]
         rows = [row for row, reason in enumerate(reasons) if reason is None]
-        num_tokens = 0
-        for slab, batch in self._slabs([text for text in tokenized if isinstance(text, Tokenized)]):
+
+        def embed(slab: list[int], batch: PackedBatch) -> tuple[list[int], torch.Tensor, int]:
             pooled = pool(
                 self.runner(batch, self.windows),
                 batch.cu_seqlens,
@@ -289,6 +290,10 @@ class Encoder:
                 truncate_dim=truncate_dim,
                 normalize=normalize_embeddings,
             )
+            return slab, pooled, batch.num_tokens
+
+        total = 0
+        for slab, pooled, num_tokens in self.slabs.map(embed, [t for t in tokenized if isinstance(t, Tokenized)]):
             places = [rows[index] for index in slab]
             quantized = _quantize(pooled, precision)
             finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1, keepdim=True)  # float16 can overflow
@@ -296,10 +301,10 @@ class Encoder:
             for place, good in zip(places, finite.flatten().tolist(), strict=True):
                 if not good:
                     reasons[place] = "the model gives a vector that is not finite"
-            num_tokens += batch.num_tokens
+            total += num_tokens
             if progress is not None:
-                progress(len(slab), batch.num_tokens)
-        return vectors, reasons, num_tokens
+                progress(len(slab), num_tokens)
+        return vectors, reasons, total
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
@@ -349,28 +354,25 @@ class Encoder:
                 raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
         return texts, prompts
 
-    def _slabs(self, texts: Sequence[Tokenized]):
-        """Packed batches that hold all texts, each with the texts' places."""
-        for slab in pack([len(text.ids) for text in texts], self.slab_tokens, _SLAB_SEQUENCES):
-            chosen = [texts[index] for index in slab]
-            starts = [text.pool_start for text in chosen]
-            yield slab, PackedBatch.from_sequences([text.ids for text in chosen], starts, self.device)
-
     def _token_embeddings(self, texts: Sequence[str], prompts: Sequence[str], as_numpy: bool) -> list:
         """Final hidden states `(tokens, dim)` of each text, prompt and special tokens included, float32."""
         tokenized = self._tokenizer(texts, prompts)
         _raise_first([text.reason if isinstance(text, Rejected) else None for text in tokenized])
         found = [text for text in tokenized if isinstance(text, Tokenized)]
         embeddings: list = [None] * len(found)
-        for slab, batch in self._slabs(found):
+
+        def embed(slab: list[int], batch: PackedBatch) -> None:
             hidden_states = self.model.norm(self.runner(batch, self.windows)).detach().float()
             for index, states in zip(slab, hidden_states.split(batch.seqlens), strict=True):
                 embeddings[index] = states.cpu().numpy() if as_numpy else states.clone()
+
+        for _ in self.slabs.map(embed, found):
+            pass
         return embeddings
 
     def _shows_progress(self, show_progress_bar: bool | None, texts: Sequence[str]) -> bool:
         if show_progress_bar is None:
-            return sys.stderr.isatty() and sum(map(len, texts)) > self.slab_tokens
+            return sys.stderr.isatty() and sum(map(len, texts)) > self.slabs.tokens
         return show_progress_bar
 
 

@@ -16,6 +16,7 @@ from .config import Window
 from .model import DecoderLayer, LlamaModel, rms_norm
 from .ops import PackedLinear, attention
 from .packing import PackedBatch
+from .slabs import run_side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ class Runner:
         self.device, self.dtype = self.embeddings.device, self.embeddings.dtype
         self.layers = [FusedLayer(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
         self._rotary_tables = model.rotary_tables
+        # rotary embedding gives float32, and on the CPU torch's attention is faster in it than in bfloat16
+        self._heads_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self.tiles = self._agreeing_tiles(TILES[self.device.type])
+        self.passes_at_once = self._agreeing_threads()
 
     @property
     def packed_bytes(self) -> int:
@@ -83,8 +87,9 @@ class Runner:
     def pass_bytes(self, num_tokens: int) -> int:
         """Bytes of activations that a pass of `num_tokens` tokens keeps at its peak, attention's own left out."""
         config = self.config
-        heads = 2 * (config.num_attention_heads + config.num_key_value_heads)  # q, k, v and what attention gives
-        return num_tokens * (config.hidden_size + heads * config.head_dim) * self.dtype.itemsize
+        states = config.hidden_size + config.num_attention_heads * config.head_dim  # and what attention gives
+        heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        return num_tokens * (states * self.dtype.itemsize + heads * self._heads_dtype.itemsize)
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch, windows: Sequence[Window] | None = None) -> torch.Tensor:
@@ -93,6 +98,9 @@ class Runner:
         Args:
             windows: one a layer; default: the configuration's, bidirectional.
         """
+        return self._through(self.layers, batch, windows or self.config.bidirectional_windows)
+
+    def _through(self, layers: Sequence[FusedLayer], batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
         tiles = self.cover(batch.num_tokens)
         num_rows = tiles[-1].stop if tiles else 0
         hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -102,9 +110,9 @@ class Runner:
         rotations = torch.complex(*self._rotary_tables(positions))
         config = self.config
         num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        heads = torch.empty(num_rows, num_heads, config.head_dim, dtype=self.dtype, device=self.device)
+        heads = torch.empty(num_rows, num_heads, config.head_dim, dtype=self._heads_dtype, device=self.device)
         attended = torch.zeros(num_rows, self.layers[0].output.in_features, dtype=self.dtype, device=self.device)
-        for layer, window in zip(self.layers, windows or config.bidirectional_windows, strict=True):
+        for layer, window in zip(layers, windows, strict=True):
             for rows in tiles:
                 self._project(layer, hidden[rows], rotations[rows], heads[rows])
             self._attend(heads[: batch.num_tokens], attended[: batch.num_tokens], batch, window)
@@ -119,7 +127,7 @@ class Runner:
             rotations: complex64 `(R, D / 2)`, each token's angles.
         """
         num_heads, num_key_value_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).view_as(heads)
+        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).view(heads.shape)
         rotated, value = qkv.split([num_heads + num_key_value_heads, num_key_value_heads], dim=1)
         if layer.head_norms is not None:
             query, key = rotated.split([num_heads, num_key_value_heads], dim=1)
@@ -167,7 +175,7 @@ class Runner:
         num_heads = layer.qkv.out_features // self.config.head_dim
 
         def run(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-            heads = torch.empty(largest, num_heads, self.config.head_dim, dtype=self.dtype, device=self.device)
+            heads = torch.empty(largest, num_heads, self.config.head_dim, dtype=self._heads_dtype, device=self.device)
             finished = torch.empty_like(hidden)
             for start in range(0, largest, size):
                 rows = slice(start, start + size)
@@ -182,3 +190,22 @@ class Runner:
                 "tiles of %d rows do not agree bitwise with those of %d rows and are not used", size, largest
             )
         return tuple(sorted(agreeing))
+
+    def _agreeing_threads(self) -> int:
+        """How many passes may run at once, each on one core: as many as there are, if bits do not depend on it."""
+        num_threads = torch.get_num_threads()
+        if self.device.type != "cpu" or num_threads == 1:
+            return 1
+        lengths = [length for length in (1, 12, 40, 40, 415) if length <= self.config.max_position_embeddings]
+        tokens = torch.randint(self.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+        batch = PackedBatch.from_sequences([part.tolist() for part in tokens.split(lengths)])
+
+        @torch.inference_mode()
+        def run(_: int) -> torch.Tensor:
+            return self._through(self.layers[:1], batch, self.config.bidirectional_windows[:1])
+
+        shared = run(0)
+        if all(torch.equal(alone, shared) for alone in run_side_by_side(run, [0], num_threads=1)):
+            return num_threads
+        logger.warning("a pass on one core does not agree bitwise with one on %d, so passes run singly", num_threads)
+        return 1

@@ -1,5 +1,10 @@
 """A text's embedding is bitwise the same alone, in any batch, at any place, in any order; and the test can fail."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -63,12 +68,80 @@ def test_amount_of_other_text_does_not_matter(encoder):
 def test_smaller_slabs_give_the_same_bits(encoder):
     texts = [" ".join((WORDS * 11)[: 1 + 11 * i % 140]) for i in range(24)]
     vectors = encoder.encode(texts)
-    slab_tokens = encoder.slab_tokens
+    slab_tokens = encoder.slabs.tokens
     try:
-        encoder.slab_tokens = 208
+        encoder.slabs.tokens = 208
         assert np.array_equal(encoder.encode(texts), vectors)
     finally:
-        encoder.slab_tokens = slab_tokens
+        encoder.slabs.tokens = slab_tokens
+
+
+ON_TWO_CORES = """
+import json, sys, threading, torch
+from bivec import Encoder
+from bivec.engine import slabs as engine
+encoder = Encoder.from_pretrained(sys.argv[1], dtype=sys.argv[2], max_length=200)
+words = sys.argv[3].split() * 11
+texts = [" ".join(words[: 1 + 7 * i % 140]) for i in range(48)]
+seen = []
+run_side_by_side = engine.run_side_by_side
+def watched(run, slabs, num_threads):
+    def run_watched(slab):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        return run(slab)
+    return run_side_by_side(run_watched, slabs, num_threads)
+engine.run_side_by_side = watched
+together = encoder.encode(texts)
+states = encoder.encode(texts, output_value="token_embeddings")
+later = []
+thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+thread.start(), thread.join()
+print(json.dumps({
+    "passes at once": encoder.runner.passes_at_once,
+    "threads": len({thread for thread, _ in seen}),
+    "cores a pass": sorted({cores for _, cores in seen}),
+    "cores after": [torch.get_num_threads(), *later],
+    "passes": len(seen),
+    "same vectors": all(
+        encoder.encode(text).tobytes() == row.tobytes() for text, row in zip(texts[::3], together[::3])
+    ),
+    "same states": all(
+        encoder.encode(text, output_value="token_embeddings").tobytes() == rows.tobytes()
+        for text, rows in zip(texts[::10], states[::10])
+    ),
+}))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(wide_llama_folder, dtype):
+    command = [sys.executable, "-c", ON_TWO_CORES, str(wide_llama_folder), dtype, TEXT]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    found = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    assert found.pop("passes") >= 8  # four at least of each call
+    assert found.pop("threads") >= 2
+    assert found == {
+        "passes at once": 2,
+        "cores a pass": [1],
+        "cores after": [2, 2],
+        "same vectors": True,
+        "same states": True,
+    }
+
+
+def test_threads_that_disagree_run_one_pass_at_a_time(encoder, monkeypatch, caplog):
+    runner = encoder.runner
+    through = Runner._through
+    calls = iter(range(2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert runner._agreeing_threads() == 2
+    monkeypatch.setattr(Runner, "_through", lambda *arguments: through(*arguments) + next(calls))
+    assert runner._agreeing_threads() == 1
+    assert "passes run singly" in caplog.text
 
 
 def test_control_one_row_products_differ(encoder):

@@ -1,0 +1,109 @@
+"""Texts into slabs, each of them one pass of the model: how large they are, and which run at the same time.
+
+No vector depends on any of it. On the CPU a pass runs in a thread of its own that computes with one core, where there
+are enough of them: a product that all cores share waits for the slowest, and what stands between products is too small
+to be shared. Where memory cannot hold a slab, smaller ones are made.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+
+from .packing import PackedBatch, pack
+from .tokens import Tokenized
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = {"cpu": 4096, "cuda": 8192}
+_SEQUENCES = 1024
+_PASSES_A_THREAD = 4  # so that all threads end at about the same time
+
+Slab = TypeVar("Slab")
+Result = TypeVar("Result")
+
+
+class Slabs:
+    """Divides texts into slabs for one model.
+
+    Args:
+        longest: tokens of a text, which a slab must hold.
+        at_once: passes that may run side by side.
+        tile: tokens of the fastest pass; slabs are not made smaller for the sake of others.
+
+    Attributes:
+        tokens: what a slab holds at most; it becomes less where memory runs out.
+    """
+
+    def __init__(self, device: torch.device, *, longest: int, at_once: int, tile: int):
+        self.tokens = max(_TOKENS[device.type], longest)
+        self._device, self._at_once, self._tile = device, at_once, tile
+
+    def map(self, run: Callable[[list[int], PackedBatch], Result], texts: Sequence[Tokenized]) -> Iterator[Result]:
+        """`run(slab, batch)` of packed batches that hold all texts, in any order; a slab is the texts' places.
+
+        Raises:
+            RuntimeError: memory cannot hold the longest text.
+        """
+
+        def run_slab(slab: list[int]) -> tuple[list[int], Result]:
+            chosen = [texts[place] for place in slab]
+            starts = [text.pool_start for text in chosen]
+            return slab, run(slab, PackedBatch.from_sequences([text.ids for text in chosen], starts, self._device))
+
+        left = set(range(len(texts)))
+        while left:
+            slabs = self._divide(texts, sorted(left))
+            side_by_side = self._at_once > 1 and len(slabs) >= 2 * self._at_once
+            results = run_side_by_side(run_slab, slabs, self._at_once) if side_by_side else map(run_slab, slabs)
+            try:
+                for slab, result in results:
+                    left.difference_update(slab)
+                    yield result
+            except torch.OutOfMemoryError as error:
+                self._take_less(max(len(texts[place].ids) for place in left), error)
+
+    def _divide(self, texts: Sequence[Tokenized], places: Sequence[int]) -> list[list[int]]:
+        lengths = [len(texts[place].ids) for place in places]
+        tokens = self.tokens
+        if self._at_once > 1:
+            share = sum(lengths) // (_PASSES_A_THREAD * self._at_once)
+            tokens = min(tokens, max(share, self._tile, *lengths))
+        return [[places[index] for index in slab] for slab in pack(lengths, tokens, _SEQUENCES)]
+
+    def _take_less(self, longest: int, error: torch.OutOfMemoryError) -> None:
+        smaller = max(self.tokens // 2, longest)
+        if smaller == self.tokens:
+            raise RuntimeError(f"out of memory with a text of {longest} tokens: choose a smaller max_length") from error
+        logger.warning("out of memory with passes of %d tokens: from here on of %d", self.tokens, smaller)
+        self.tokens = smaller
+        error.__traceback__ = None  # its frames hold the pass's tensors
+        torch.cuda.empty_cache()
+
+
+def run_side_by_side(run: Callable[[Slab], Result], slabs: Sequence[Slab], num_threads: int) -> Iterator[Result]:
+    """`run(slab)` of each slab as they are done, in threads that compute with one core each.
+
+    Args:
+        slabs: at least one a thread; those that take longest first.
+    """
+    computing_threads = torch.get_num_threads()
+    started = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # the first use sets the thread's number to the process's, which is restored below
+        torch.set_num_threads(1)  # in this thread, and in all that begin to compute later
+        started.wait()
+
+    pool = ThreadPoolExecutor(num_threads, "bivec-pass", start)
+    try:
+        results = [pool.submit(run, slab) for slab in slabs]
+        started.wait()
+        torch.set_num_threads(computing_threads)  # as it was, for this thread and later ones
+        for result in as_completed(results):
+            yield result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
