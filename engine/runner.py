@@ -126,16 +126,17 @@ class Runner:
         Args:
             rotations: complex64 `(R, D / 2)`, each token's angles.
         """
-        num_heads, num_key_value_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).view(heads.shape)
-        rotated, value = qkv.split([num_heads + num_key_value_heads, num_key_value_heads], dim=1)
+        wide = heads if heads.dtype is torch.float32 else torch.empty_like(heads, dtype=torch.float32)
+        wide.copy_(qkv)
+        num_heads = self.config.num_attention_heads
+        rotated = wide[:, : num_heads + self.config.num_key_value_heads]
         if layer.head_norms is not None:
-            query, key = rotated.split([num_heads, num_key_value_heads], dim=1)
-            query_norm, key_norm = layer.head_norms
-            rotated = torch.cat((rms_norm(query, query_norm, layer.eps), rms_norm(key, key_norm, layer.eps)), dim=1)
-        pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2))) * rotations[:, None]
-        heads[:, : num_heads + num_key_value_heads] = torch.view_as_real(pairs).flatten(-2)
-        heads[:, num_heads + num_key_value_heads :] = value
+            for part, norm in zip((rotated[:, :num_heads], rotated[:, num_heads:]), layer.head_norms, strict=True):
+                part.copy_(rms_norm(part, norm, layer.eps))
+        torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(rotations[:, None])
+        if wide is not heads:
+            heads.copy_(wide)
 
     def _attend(self, heads: torch.Tensor, attended: torch.Tensor, batch: PackedBatch, window: Window) -> None:
         """Attention within each sequence, from `(T, H + 2 G, D)` into `attended` `(T, H D)`."""
