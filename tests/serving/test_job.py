@@ -263,6 +263,28 @@ def test_an_interrupt_removes_temporary_files(start, texts, tmp_path, number, st
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
+@pytest.mark.parametrize("target", ["out.parquet", "out"])
+def test_names_and_surroundings_change_no_row(start, stub, tmp_path, target):
+    """Spaces, other scripts and links in paths; a locale without UTF-8, a time zone, a mask that hides from others."""
+    folder = tmp_path / "a folder" / "Grüße 世界"
+    folder.mkdir(parents=True)
+    lines = [f"München 北京 {n}" for n in range(30)]
+    (folder / "a [b] {c} *.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    surroundings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Chatham"}
+    umask = os.umask(0o077)
+    try:
+        given = (folder / "a [b] {c} *.txt", "--output", folder / "link" / target)
+        process = start(*given, pause_at=0, **surroundings)
+        assert process.wait(60) == 0, process.communicate()[1]
+    finally:
+        os.umask(umask)
+    found = vectors_by_id(tmp_path / "elsewhere" / target)
+    assert found == {f"a [b] {{c}} *.txt:{n + 1}": stub.vector_of(line).tolist() for n, line in enumerate(lines)}
+    assert (tmp_path / "elsewhere" / target).stat().st_mode & 0o077 == 0
+
+
 def test_two_runs_on_one_output(start, texts, tmp_path):
     first = start(texts, "--output", tmp_path / "out.parquet", pause_at=1)
     second = start(texts, "--output", tmp_path / "out.parquet", pause_at=0)
