@@ -8,10 +8,6 @@ model), and the data it learns from, by the name that `--data` gives it; other f
 
     simcse: {after: mntp, recipe: simcse.yaml, data: texts}
 
-or is the mean of other rungs' weights:
-
-    averaged: {average: [mntp, simcse]}
-
 Scored is the Spearman correlation on the STS benchmark, with a bootstrap interval and the paired difference from the
 untrained model, bidirectional and causal; and with `--classification`, the accuracy of a logistic regression. The last
 lines of `texts` are held out, and runs of the mntp stage report their loss on them before and after. A ladder that was
@@ -30,7 +26,6 @@ import yaml
 
 from ..engine.config import BIDIRECTIONAL, CAUSAL, Window
 from ..engine.encoder import Encoder
-from ..engine.export import export
 from ..evaluation import classification, sts
 from ..evaluation.splits import Split
 from ..evaluation.statistics import Statistic, estimate, paired_difference, spearman
@@ -56,37 +51,25 @@ class Rung(NamedTuple):
     fields: dict[str, Any]
 
 
-class Average(NamedTuple):
-    """A rung that is the mean of others' weights."""
-
-    name: str
-    rungs: list[str]
-
-
-def read_ladder(path: Path) -> list[Rung | Average]:
-    """The rungs of a ladder's file, each after those it stands on.
+def read_ladder(path: Path) -> list[Rung]:
+    """The rungs of a ladder's file, each after the one it goes on from.
 
     Raises:
-        ValueError: a rung is malformed, or stands on one that is not above it.
+        ValueError: a rung is malformed, or comes after none above it.
     """
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must be a mapping of rungs")
-    rungs: list[Rung | Average] = []
+    rungs: list[Rung] = []
     for name, entry in entries.items():
         fields = dict(entry) if isinstance(entry, dict) else {}
-        recipe, after, data, average = (fields.pop(key, None) for key in ("recipe", "after", "data", "average"))
-        averaged = average if isinstance(average, list) else []
-        beneath = averaged if after is None else [after]
-        if missing := [rung for rung in beneath if rung not in [above.name for above in rungs]]:
-            raise ValueError(f"{path}: {name} stands on {missing[0]!r}, which is not above it")
-        if averaged and not (recipe or data or after or fields):
-            rungs.append(Average(name, averaged))
-        elif average is None and recipe is not None and data is not None:
-            stage = yaml.safe_load((path.parent / recipe).read_text(encoding="utf-8"))["stage"]
-            rungs.append(Rung(name, stage, path.parent / recipe, after, data, fields))
-        else:
-            raise ValueError(f"{path}: {name} needs a recipe and data, or nothing but a list of rungs to average")
+        recipe, after, data = (fields.pop(key, None) for key in ("recipe", "after", "data"))
+        if recipe is None or data is None:
+            raise ValueError(f"{path}: {name} needs a recipe and data")
+        if after is not None and after not in [rung.name for rung in rungs]:
+            raise ValueError(f"{path}: {name} comes after {after!r}, which is not above it")
+        stage = yaml.safe_load((path.parent / recipe).read_text(encoding="utf-8"))["stage"]
+        rungs.append(Rung(name, stage, path.parent / recipe, after, data, fields))
     return rungs
 
 
@@ -109,34 +92,26 @@ def named_file(argument: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def climb(rungs: list[Rung | Average], arguments: argparse.Namespace, seed: int) -> None:
+def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
     """Train every rung of one seed that is not trained yet."""
     files = dict(arguments.data)
     held_out = None
     if "texts" in files:
         files["texts"], held_out = split_texts(files["texts"], arguments.runs)
-    folder = arguments.runs / f"seed-{seed}"
     for rung in rungs:
+        if rung.data not in files:
+            raise ValueError(f"{rung.name} learns from {rung.data}: give --data {rung.data}=FILE")
+        output = arguments.runs / f"seed-{seed}" / rung.name
+        model = arguments.model if rung.after is None else output.parent / rung.after
+        given = ["--recipe", rung.recipe, "--model", model, "--output", output, "--seed", seed]
+        given += ["--data", files[rung.data]]
+        if rung.stage == "mntp" and held_out is not None:
+            given += ["--eval-data", held_out]
+        for field, value in rung.fields.items():
+            given += [f"--{field}", *(value if isinstance(value, list) else [value])]
         print(f"seed {seed}, {rung.name}", file=sys.stderr, flush=True)
-        if isinstance(rung, Rung):
-            _train(rung, folder, arguments.model, files, held_out, seed)
-        elif not (folder / rung.name).exists():
-            first, *others = [folder / name for name in rung.rungs]
-            export(first, folder / rung.name, average_with=others, dtype="float32")
-
-
-def _train(rung: Rung, folder: Path, base: Path, files: dict[str, Path], held_out: Path | None, seed: int) -> None:
-    if rung.data not in files:
-        raise ValueError(f"{rung.name} learns from {rung.data}: give --data {rung.data}=FILE")
-    model = base if rung.after is None else folder / rung.after
-    given = ["--recipe", rung.recipe, "--model", model, "--output", folder / rung.name, "--seed", seed]
-    given += ["--data", files[rung.data]]
-    if rung.stage == "mntp" and held_out is not None:
-        given += ["--eval-data", held_out]
-    for field, value in rung.fields.items():
-        given += [f"--{field}", *(value if isinstance(value, list) else [value])]
-    settings = read_settings(rung.stage, [str(part) for part in (*given, "--resume", "--device", "cpu")])
-    print(train(settings), file=sys.stderr, flush=True)
+        settings = read_settings(rung.stage, [str(part) for part in (*given, "--resume", "--device", "cpu")])
+        print(train(settings), file=sys.stderr, flush=True)
 
 
 class Scorer:
@@ -204,8 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         climb(rungs, arguments, seed)
         folder = arguments.runs / f"seed-{seed}"
         rows += [{"seed": seed} | scorer(rung.name, folder / rung.name) for rung in rungs]
-        trained = [rung for rung in rungs if isinstance(rung, Rung) and rung.stage == "mntp"]
-        losses[str(seed)] = {rung.name: held_out_losses(folder / rung.name) for rung in trained}
+        losses[str(seed)] = {rung.name: held_out_losses(folder / rung.name) for rung in rungs if rung.stage == "mntp"}
     machine = describe_machine("cpu")
     report("ladder", rows, machine=machine, output=arguments.output, held_out_losses=losses)
     return 0

@@ -13,7 +13,6 @@ from huggingface_hub import save_torch_state_dict
 from .adapters import load_merged
 from .checkpoints import read_prompts, resolve
 from .config import BIDIRECTIONAL, load_config
-from .model import LlamaModel
 from .ops import DTYPES
 from .run_folder import RunDescription
 from .tokens import as_prompt, copy_tokenizer
@@ -27,7 +26,6 @@ def export(
     output: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
-    average_with: Sequence[str | Path] = (),
     pooling: str | None = None,
     max_length: int = 512,
     dtype: str = "bfloat16",
@@ -40,11 +38,8 @@ def export(
 
     Args:
         model, adapters, pooling, max_length: as in `Encoder.from_pretrained`.
-        average_with: models of the same shape, their own adapters merged; written is the mean of all weights. The mean
-            of a model before and after fine-tuning keeps much of both (Wortsman et al., Robust fine-tuning of
-            zero-shot models, 2022).
         output: a folder that does not exist or is empty; it appears whole or not at all.
-        dtype: of the weights; each is the float32 sum of base and adapters (and their mean), rounded once.
+        dtype: of the weights; each is the float32 sum of base and adapters, rounded once.
     Raises:
         ValueError, FileNotFoundError, FileExistsError: naming the argument or file and what was expected.
     """
@@ -61,9 +56,7 @@ def export(
         raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {pooling!r}")
     if run is not None and run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
-    llama = load_merged(checkpoint, config, torch.float32)
-    _average(llama, average_with)
-    llama.to(DTYPES[dtype])
+    llama = load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype])
 
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -92,20 +85,6 @@ def export(
         temporary.replace(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _average(llama: LlamaModel, others: Sequence[str | Path]) -> None:
-    """Give each float32 weight the mean of its own value and the others', in place."""
-    means = dict(llama.named_parameters())
-    shapes = {name: mean.shape for name, mean in means.items()}
-    with torch.no_grad():
-        for count, other in enumerate(others, start=2):
-            checkpoint = resolve(other)
-            weights = dict(load_merged(checkpoint, load_config(checkpoint.base), torch.float32).named_parameters())
-            if {name: weight.shape for name, weight in weights.items()} != shapes:
-                raise ValueError(f"{other} is of another shape, so there is no average with it")
-            for name, weight in weights.items():
-                means[name].lerp_(weight, 1 / count)
 
 
 def _write_config(base: Path, folder: Path, dtype: str) -> None:

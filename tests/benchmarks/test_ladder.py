@@ -18,7 +18,6 @@ def folder(tmp_path, sentence):
     (tmp_path / "ladder.yaml").write_text(
         "mntp: {recipe: mntp.yaml, data: texts, mask_schedule: causal}\n"
         "supervised: {after: mntp, recipe: supervised.yaml, data: pairs, dims: [8, 16]}\n"
-        "averaged: {average: [supervised, mntp]}\n"
     )
     (tmp_path / "texts.txt").write_text("".join(f"{sentence()}\n\n" for _ in range(30)))
     (tmp_path / "pairs.csv").write_text(
@@ -50,7 +49,7 @@ def test_every_rung_is_trained_once_and_scored(climb, folder):
     rows = document["rows"]
     names = [(row.get("seed"), row["rung"]) for row in rows]
     assert names == [(None, "causal"), (None, "bidirectional")] + [
-        (seed, rung) for seed in (3, 4) for rung in ("mntp", "supervised", "averaged")
+        (seed, rung) for seed in (3, 4) for rung in ("mntp", "supervised")
     ]
     assert rows[0]["over_causal"] == 0
     for row in rows[2:]:
@@ -80,10 +79,7 @@ def test_every_rung_is_trained_once_and_scored(climb, folder):
         ("- mntp", "ladder.yaml must be a mapping of rungs"),
         ("mntp: {data: texts}", "mntp needs a recipe and data"),
         ("mntp: {recipe: mntp.yaml}", "mntp needs a recipe and data"),
-        ("mntp: {recipe: mntp.yaml, data: texts, after: base}", "mntp stands on 'base', which is not above it"),
-        ("both: {average: [base]}", "both stands on 'base', which is not above it"),
-        ("both: {average: base}", "both needs a recipe and data, or nothing but a list of rungs to average"),
-        ("both: {average: [], recipe: mntp.yaml, data: texts}", "or nothing but a list of rungs to average"),
+        ("mntp: {recipe: mntp.yaml, data: texts, after: base}", "mntp comes after 'base', which is not above it"),
     ],
 )
 def test_a_malformed_ladder(folder, content, message):
@@ -106,6 +102,4 @@ def test_the_recipes_ladders_can_be_read():
     recipes = Path(ladder.__file__).resolve().parents[1] / "recipes"
     found = {path.parent.name: ladder.read_ladder(path) for path in recipes.glob("*/ladder.yaml")}
     assert [rung.stage for rung in found["stories260k"]] == ["mntp", "mntp", "simcse", "supervised"]
-    *trained, shipped = found["tiny"]
-    assert {rung.data for rung in trained} == {"texts", "crops", "pairs"}
-    assert set(shipped.rungs) <= {rung.name for rung in trained}
+    assert {rung.data for rung in found["tiny"]} == {"texts", "crops", "pairs"}

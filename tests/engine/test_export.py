@@ -83,21 +83,6 @@ def test_weights_are_rounded_once(run, tmp_path):
         assert all(torch.equal(rounded[name], whole[name].to(dtype)) for name in whole)
 
 
-def test_an_average_is_the_mean_of_all_weights(run, tmp_path, tiny_llama_folder, make_checkpoint):
-    export(run, tmp_path / "own", dtype="float32")
-    export(tiny_llama_folder, tmp_path / "base", dtype="float32")
-    export(run, tmp_path / "out", average_with=[tmp_path / "base", tiny_llama_folder], dtype="float32")
-    own, base, mean = (load_file(tmp_path / name / "model.safetensors") for name in ("own", "base", "out"))
-    assert max((own[name] - base[name]).abs().max() for name in own) > 0.01
-    for name in own:
-        assert torch.allclose(mean[name], (own[name] + 2 * base[name]) / 3, atol=1e-7)
-    assert Encoder.from_pretrained(tmp_path / "out").pooling == "weighted_mean"
-
-    other = make_checkpoint(tmp_path / "other", intermediate_size=24)
-    with pytest.raises(ValueError, match="other is of another shape, so there is no average with it"):
-        export(run, tmp_path / "none", average_with=[other])
-
-
 def test_whoever_reads_one_file_reads_all(run, tmp_path):
     export(run, tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
