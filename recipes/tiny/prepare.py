@@ -8,7 +8,7 @@ wrapped books with blank lines between paragraphs; each may end in .gz. Written 
 - `pretrain.txt`: a line an article, a sentence, or a run of paragraphs, in an order drawn once; `held-out.txt`: more;
 - `sentences.txt`: a line a sentence, of all three sources, none twice, for MNTP and SimCSE;
 - `crops.jsonl`: pairs of crops of the same sentence;
-- `model/`: configuration of a Llama of 4.3 million parameters and a lowercasing byte-level BPE of 8,192 tokens.
+- `model/`: configuration of a Llama of 4.5 million parameters and a lowercasing byte-level BPE of 6,144 tokens.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-VOCABULARY = 8192
+VOCABULARY = 6144
 BOS, EOS = "<s>", "</s>"
 CHARACTERS_A_LINE = 2000  # of books: about as much as an article
 NUM_CROPPED = 150_000  # sentences
@@ -30,11 +30,12 @@ HELD_OUT = 400  # lines of pretrain.txt's kind
 
 CONFIG = LlamaConfig(
     vocab_size=VOCABULARY,
-    hidden_size=256,
-    num_hidden_layers=4,
+    hidden_size=448,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    intermediate_size=448,
+    head_dim=64,
+    intermediate_size=384,
     max_position_embeddings=512,
     tie_word_embeddings=True,
     bos_token_id=0,

@@ -39,7 +39,7 @@ import socket
 def refuse(*_): raise AssertionError("a connection was tried")
 socket.socket.connect = socket.getaddrinfo = refuse
 from bivec import Encoder
-assert Encoder.from_pretrained().encode("a text").shape == (256,)
+assert Encoder.from_pretrained().encode("a text").shape == (448,)
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=300).returncode == 0
 
