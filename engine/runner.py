@@ -53,6 +53,15 @@ class FusedLayer:
             self.head_norms = (_interleave(norms[0], head_dim), _interleave(norms[1], head_dim))
 
 
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm`, on the CPU in few calls: threads that run side by side meet at each of them."""
+    if x.is_cuda:
+        return rms_norm(x, weight, eps)
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype)
+
+
 def _interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows `(heads D, ...)` of a weight or bias with each head's halves interleaved: 0, D / 2, 1, D / 2 + 1, ..."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
@@ -126,14 +135,14 @@ class Runner:
         Args:
             rotations: complex64 `(R, D / 2)`, each token's angles.
         """
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, layer.eps)).view(heads.shape)
+        qkv = layer.qkv(_rms_norm(hidden, layer.input_norm, layer.eps)).view(heads.shape)
         wide = heads if heads.dtype is torch.float32 else torch.empty_like(heads, dtype=torch.float32)
         wide.copy_(qkv)
         num_heads = self.config.num_attention_heads
         rotated = wide[:, : num_heads + self.config.num_key_value_heads]
         if layer.head_norms is not None:
             for part, norm in zip((rotated[:, :num_heads], rotated[:, num_heads:]), layer.head_norms, strict=True):
-                part.copy_(rms_norm(part, norm, layer.eps))
+                part.copy_(_rms_norm(part, norm, layer.eps))
         torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(rotations[:, None])
         if wide is not heads:
             heads.copy_(wide)
@@ -147,7 +156,7 @@ class Runner:
     def _finish(self, layer: FusedLayer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The rest of a layer for one tile, `(R, E)`: output projection, residual, norm, SwiGLU, residual."""
         hidden = layer.output(attended, add=hidden)
-        normed = rms_norm(hidden, layer.mlp_norm, layer.eps)
+        normed = _rms_norm(hidden, layer.mlp_norm, layer.eps)
         gated = layer.up(normed, multiply=layer.gate(normed, activation="silu"))
         return layer.down(gated, add=hidden)
 
