@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # on the CPU 512 rows reach the full rate and stay in cache, and 16 keep one short text cheap
 TILES = {"cpu": (16, 64, 512), "cuda": (256, 2048, 8192)}
+# passes side by side on the CPU: the interpreter, which all of them need between products, serves no more
+_PASSES_AT_ONCE = 8
 
 
 class FusedLayer:
@@ -85,7 +87,7 @@ class Runner:
         # rotary embedding gives float32, and on the CPU torch's attention is faster in it than in bfloat16
         self._heads_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self.tiles = self._agreeing_tiles(TILES[self.device.type])
-        self.passes_at_once = self._agreeing_threads()
+        self.passes_at_once = self._agreeing_passes()
 
     @property
     def packed_bytes(self) -> int:
@@ -201,10 +203,11 @@ class Runner:
             )
         return tuple(sorted(agreeing))
 
-    def _agreeing_threads(self) -> int:
-        """How many passes may run at once, each on one core: as many as there are, if bits do not depend on it."""
-        num_threads = torch.get_num_threads()
-        if self.device.type != "cpu" or num_threads == 1:
+    def _agreeing_passes(self) -> int:
+        """How many passes may share the CPU, a few cores each, if the bits are those of a pass on all cores."""
+        cores = torch.get_num_threads()
+        at_once = min(cores, _PASSES_AT_ONCE)
+        if self.device.type != "cpu" or at_once == 1:
             return 1
         lengths = [length for length in (1, 12, 40, 40, 415) if length <= self.config.max_position_embeddings]
         tokens = torch.randint(self.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
@@ -214,8 +217,8 @@ class Runner:
         def run(_: int) -> torch.Tensor:
             return self._through(self.layers[:1], batch, self.config.bidirectional_windows[:1])
 
-        shared = run(0)
-        if all(torch.equal(alone, shared) for alone in run_side_by_side(run, [0], num_threads=1)):
-            return num_threads
-        logger.warning("a pass on one core does not agree bitwise with one on %d, so passes run singly", num_threads)
+        (shared,) = run_side_by_side(run, [0], at_once=1, cores_each=cores // at_once)
+        if torch.equal(shared, run(0)):
+            return at_once
+        logger.warning("a pass on %d of %d cores does not agree bitwise with one on all", cores // at_once, cores)
         return 1

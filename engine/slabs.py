@@ -1,6 +1,6 @@
 """Texts into slabs, each of them one pass of the model: how large they are, and which run at the same time.
 
-No vector depends on any of it. On the CPU a pass runs in a thread of its own that computes with one core, where there
+No vector depends on any of it. On the CPU several passes run side by side, each with its part of the cores, where there
 are enough of them: a product that all cores share waits for the slowest, and what stands between products is too small
 to be shared. Where memory cannot hold a slab, smaller ones are made.
 """
@@ -84,25 +84,30 @@ class Slabs:
         torch.cuda.empty_cache()
 
 
-def run_side_by_side(run: Callable[[Slab], Result], slabs: Sequence[Slab], num_threads: int) -> Iterator[Result]:
-    """`run(slab)` of each slab as they are done, in threads that compute with one core each.
+def run_side_by_side(
+    run: Callable[[Slab], Result], slabs: Sequence[Slab], at_once: int, cores_each: int | None = None
+) -> Iterator[Result]:
+    """`run(slab)` of each slab as they are done, in threads that compute with a few cores each.
 
     Args:
         slabs: at least one a thread; those that take longest first.
+        cores_each: default an equal part of those that torch computes with in this thread.
     """
-    computing_threads = torch.get_num_threads()
-    started = threading.Barrier(num_threads + 1)
+    all_cores = torch.get_num_threads()
+    started = threading.Barrier(at_once + 1)
 
     def start() -> None:
         torch.get_num_threads()  # the first use sets the thread's number to the process's, which is restored below
-        torch.set_num_threads(1)  # in this thread, and in all that begin to compute later
+        torch.set_num_threads(
+            cores_each or max(all_cores // at_once, 1)
+        )  # in this thread, and in all that first compute later
         started.wait()
 
-    pool = ThreadPoolExecutor(num_threads, "bivec-pass", start)
+    pool = ThreadPoolExecutor(at_once, "bivec-pass", start)
     try:
         results = [pool.submit(run, slab) for slab in slabs]
         started.wait()
-        torch.set_num_threads(computing_threads)  # as it was, for this thread and later ones
+        torch.set_num_threads(all_cores)  # as it was, for this thread and later ones
         for result in as_completed(results):
             yield result.result()
     finally:

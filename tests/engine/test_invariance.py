@@ -85,11 +85,11 @@ words = sys.argv[3].split() * 11
 texts = [" ".join(words[: 1 + 7 * i % 140]) for i in range(48)]
 seen = []
 run_side_by_side = engine.run_side_by_side
-def watched(run, slabs, num_threads):
+def watched(run, slabs, at_once):
     def run_watched(slab):
         seen.append((threading.get_ident(), torch.get_num_threads()))
         return run(slab)
-    return run_side_by_side(run_watched, slabs, num_threads)
+    return run_side_by_side(run_watched, slabs, at_once)
 engine.run_side_by_side = watched
 together = encoder.encode(texts)
 states = encoder.encode(texts, output_value="token_embeddings")
@@ -132,16 +132,18 @@ def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(wide_llama_folder
     }
 
 
-def test_threads_that_disagree_run_one_pass_at_a_time(encoder, monkeypatch, caplog):
-    runner = encoder.runner
-    through = Runner._through
-    calls = iter(range(2))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    assert runner._agreeing_threads() == 2
+@pytest.mark.parametrize(("cores", "at_once", "cores_each"), [(2, 2, 1), (8, 8, 1), (17, 8, 2)])
+def test_passes_that_disagree_run_one_at_a_time(encoder, monkeypatch, caplog, cores, at_once, cores_each):
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert encoder.runner._agreeing_passes() == at_once
+    assert asked == [cores_each, cores]
+
+    through, calls = Runner._through, iter(range(2))
     monkeypatch.setattr(Runner, "_through", lambda *arguments: through(*arguments) + next(calls))
-    assert runner._agreeing_threads() == 1
-    assert "passes run singly" in caplog.text
+    assert encoder.runner._agreeing_passes() == 1
+    assert f"a pass on {cores_each} of {cores} cores does not agree bitwise with one on all" in caplog.text
 
 
 def test_control_one_row_products_differ(encoder):

@@ -82,6 +82,6 @@ def test_a_failed_pass_ends_the_others():
 
     done: list[int] = []
     with pytest.raises(MemoryError, match="no room"):
-        list(run_side_by_side(fail, range(1000), num_threads=2))
+        list(run_side_by_side(fail, range(1000), at_once=2))
     assert len(done) < 1000
-    assert sorted(run_side_by_side(lambda slab: slab + 1, [7, 8], num_threads=2)) == [8, 9]
+    assert sorted(run_side_by_side(lambda slab: slab + 1, [7, 8], at_once=2)) == [8, 9]
