@@ -24,6 +24,10 @@ _PREFIX_CHARACTERS = 8
 _SPACE_INSIDE = re.compile("[^ ▁Ġ\\sĊĉč][ ▁Ġ]")
 
 
+# an encoding of the tokenizers library takes kilobytes: strings and offsets of each token
+_TEXTS_AT_ONCE = 256
+
+
 class Tokenized(NamedTuple):
     """One text: its token ids and the place of the first token that is pooled."""
 
@@ -54,6 +58,13 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         """Tokenise `prompt + text` for each pair; a text that leaves nothing to pool is `Rejected`, never guessed."""
+        found: list[Tokenized | Rejected] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = slice(start, start + _TEXTS_AT_ONCE)
+            found += self._tokenize(texts[part], prompts[part])
+        return found
+
+    def _tokenize(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         results: list[Tokenized | Rejected | None] = [_reject(text, p) for text, p in zip(texts, prompts, strict=True)]
         good = [i for i, result in enumerate(results) if result is None]
         num_characters = _PREFIX_CHARACTERS * self.max_length

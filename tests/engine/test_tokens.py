@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivec.engine import tokens
-from bivec.engine.tokens import TextTokenizer, load_tokenizer
+from bivec.engine.tokens import Rejected, TextTokenizer, load_tokenizer
 
 WORDS = [
     "the",
@@ -104,3 +104,12 @@ def test_a_vocabulary_with_a_space_inside_a_token_is_not_cut():
     tokenizer = TextTokenizer(hugging_face, 2)
     assert not tokenizer._cuts_before_spaces
     assert tokenizer(["a b" * 50], [""])[0].ids == [4, 4]
+
+
+def test_many_texts_are_tokenised_as_one_is(tiny_llama_folder):
+    tokenizer = TextTokenizer(load_tokenizer(tiny_llama_folder, 1000), 16)
+    texts = ["" if n % 5 == 0 else f"fox {n} " * (n % 9) for n in range(600)]
+    prompts = ["find: " if n % 3 else "" for n in range(600)]
+    expected = [tokenizer([text], [prompt])[0] for text, prompt in zip(texts, prompts, strict=True)]
+    assert tokenizer(texts, prompts) == expected
+    assert any(isinstance(text, Rejected) for text in expected)
