@@ -5,7 +5,7 @@
 
 It writes texts and tokenizer (`prepare.py`), pretrains the base, climbs `ladder.yaml`, scores every rung's text
 similarity on the development and the test split, exports the rung that ships with bivec to OUTPUT/encoder, and scores
-that one in text classification too. On two cores it takes about an hour and a half, a third of it for the base.
+that one in text classification too. On two cores it takes about an hour, half of it for the base.
 """
 
 import argparse
