@@ -94,13 +94,12 @@ def run_side_by_side(
         cores_each: default an equal part of those that torch computes with in this thread.
     """
     all_cores = torch.get_num_threads()
+    cores = cores_each or max(all_cores // at_once, 1)
     started = threading.Barrier(at_once + 1)
 
     def start() -> None:
         torch.get_num_threads()  # the first use sets the thread's number to the process's, which is restored below
-        torch.set_num_threads(
-            cores_each or max(all_cores // at_once, 1)
-        )  # in this thread, and in all that first compute later
+        torch.set_num_threads(cores)  # in this thread, and in all that first compute later
         started.wait()
 
     pool = ThreadPoolExecutor(at_once, "bivec-pass", start)
@@ -111,4 +110,5 @@ def run_side_by_side(
         for result in as_completed(results):
             yield result.result()
     finally:
+        started.abort()  # threads that still wait for others, where one could not be started
         pool.shutdown(cancel_futures=True)

@@ -23,7 +23,6 @@ _PREFIX_CHARACTERS = 8
 # byte-level white space (Ċ is a line feed, ĉ a tab, č a carriage return) and are no other characters
 _SPACE_INSIDE = re.compile("[^ ▁Ġ\\sĊĉč][ ▁Ġ]")
 
-
 # an encoding of the tokenizers library takes kilobytes: strings and offsets of each token
 _TEXTS_AT_ONCE = 256
 

@@ -127,7 +127,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     in x and weight. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(x, weight)
-    if is_small(x):
+    # without a gradient few calls count more than memory: threads that run side by side meet at each
+    if is_small(x) or (torch.is_inference_mode_enabled() and not x.is_cuda):
         return _norm_at_once(x, weight, eps)
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps).view(x.shape)
 

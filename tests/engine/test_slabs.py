@@ -31,7 +31,6 @@ def memory(encoder, monkeypatch):
 
         passed: list[int] = []
         runner = encoder.runner
-        limited.tiles = runner.tiles
         monkeypatch.setattr(encoder, "runner", limited)
         return passed
 

@@ -283,11 +283,19 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-RANK = """
+RANK_BEGINS = """
 import os, sys, torch, torch.distributed as dist
 from bivec.kernels.contrastive import contrastive_loss
 rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+"""
+
+RANK_ENDS = """
+dist.destroy_process_group()
+os._exit(0)  # gloo's threads may still drop Python objects, which aborts an interpreter that is being torn down
+"""
+
+RANK = """
 results = []
 for settings in torch.load(f"{folder}/cases.pt"):
     rows = [settings.pop(name).chunk(world_size)[rank] for name in ("queries", "keys")]
@@ -299,16 +307,15 @@ for settings in torch.load(f"{folder}/cases.pt"):
     loss = contrastive_loss(queries, keys, temperature=temperature, process_group=dist.group.WORLD, **settings)
     results.append([loss.detach(), *torch.autograd.grad(loss, [queries, keys, temperature], torch.tensor(1.4))])
 torch.save(results, f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
-os._exit(0)  # gloo's threads may still drop Python objects, which aborts an interpreter that is being torn down
 """
 
 
 def run_ranks(script, world_size, folder):
-    """`script` in as many processes, with the arguments rank, world size and a folder of their own."""
+    """`script` in as many processes of a group, each of which knows `rank`, `world_size` and their `folder`."""
+    whole = RANK_BEGINS + script + RANK_ENDS
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), str(world_size), str(folder)], env=environment)
+        subprocess.Popen([sys.executable, "-c", whole, str(rank), str(world_size), str(folder)], env=environment)
         for rank in range(world_size)
     ]
     try:
@@ -355,10 +362,6 @@ def test_two_processes_equal_one_on_the_joined_batch(device, tmp_path):
 
 
 UNEQUAL_RANK = """
-import os, sys, torch, torch.distributed as dist
-from bivec.kernels.contrastive import contrastive_loss
-rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
 messages = []
 # queries, keys, embedding size, groups: of each rank
 for shapes in [((3, 5, 8, 0), (3, 6, 8, 0)), ((3, 5, 8, 0), (2, 5, 8, 0)), ((3, 5, 8, 5), (3, 5, 8, 0))]:
@@ -371,7 +374,6 @@ for shapes in [((3, 5, 8, 0), (3, 6, 8, 0)), ((3, 5, 8, 0), (2, 5, 8, 0)), ((3, 
     except ValueError as error:
         messages.append(str(error))
 torch.save(messages, f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
 """
 
 
