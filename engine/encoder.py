@@ -19,7 +19,7 @@ from .model import LanguageModel, LlamaModel
 from .packing import PackedBatch
 from .runner import Runner
 from .selftest import check_mask
-from .slabs import Slabs
+from .slabs import OnHost, Slabs
 from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
 from .weights import checkpoint_files, language_model_name, load_weights
 
@@ -279,7 +279,7 @@ class Encoder:
         reasons = [text.reason if isinstance(text, Rejected) else None for text in tokenized]
         rows = [row for row, reason in enumerate(reasons) if reason is None]
 
-        def embed(slab: list[int], batch: PackedBatch) -> tuple[list[int], torch.Tensor, int]:
+        def embed(slab: list[int], batch: PackedBatch) -> tuple[list[int], OnHost, OnHost, int]:
             pooled = pool(
                 self.runner(batch, self.windows),
                 batch.cu_seqlens,
@@ -290,17 +290,18 @@ class Encoder:
                 truncate_dim=truncate_dim,
                 normalize=normalize_embeddings,
             )
-            return slab, pooled, batch.num_tokens
+            quantized = _quantize(pooled, precision)
+            finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1)  # float16 can overflow
+            return slab, OnHost(quantized.where(finite[:, None], 0)), OnHost(finite), batch.num_tokens
 
         total = 0
-        for slab, pooled, num_tokens in self.slabs.map(embed, [t for t in tokenized if isinstance(t, Tokenized)]):
+        for slab, found, finite, num_tokens in self.slabs.map(
+            embed, [text for text in tokenized if isinstance(text, Tokenized)]
+        ):
             places = [rows[index] for index in slab]
-            quantized = _quantize(pooled, precision)
-            finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1, keepdim=True)  # float16 can overflow
-            vectors[places] = quantized.where(finite, 0).cpu().numpy()
-            for place, good in zip(places, finite.flatten().tolist(), strict=True):
-                if not good:
-                    reasons[place] = "the model gives a vector that is not finite"
+            vectors[places] = found.numpy()
+            for index in np.flatnonzero(~finite.numpy()):
+                reasons[places[index]] = "the model gives a vector that is not finite"
             total += num_tokens
             if progress is not None:
                 progress(len(slab), num_tokens)

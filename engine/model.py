@@ -117,11 +117,14 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies: dict[torch.device, torch.Tensor] = {}  # on each device that has been asked
 
     def rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, float32 `(T, D / 2)`, of each token's angles."""
-        frequencies = self.config.rope.inverse_frequencies(self.config.head_dim).to(positions.device)
-        angles = positions[:, None].float() * frequencies
+        device = positions.device
+        if device not in self._frequencies:
+            self._frequencies[device] = self.config.rope.inverse_frequencies(self.config.head_dim).to(device)
+        angles = positions[:, None].float() * self._frequencies[device]
         return angles.cos(), angles.sin()
 
     def forward(

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+SLAB_SEQUENCES = 1024  # at most, in a slab
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -58,7 +60,10 @@ class PackedBatch:
         pool_starts: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> "PackedBatch":
-        """Pack token-id sequences in the order given; `pool_starts` defaults to 0, every token."""
+        """Pack token-id sequences in the order given; `pool_starts` defaults to 0, every token.
+
+        To a CUDA device they are copied from pinned memory, so that nothing waits.
+        """
         seqlens = tuple(len(sequence) for sequence in sequences)
         lengths = torch.tensor(seqlens, dtype=torch.int64)
         cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int64)
@@ -68,13 +73,12 @@ class PackedBatch:
         starts = torch.tensor(pool_starts if pool_starts is not None else [0] * len(seqlens), dtype=torch.int32)
         if starts.shape[0] != len(seqlens):
             raise ValueError(f"pool_starts must hold one entry a sequence ({len(seqlens)}), got {starts.shape[0]}")
-        return cls(
-            input_ids=input_ids.to(device, non_blocking=True),
-            positions=positions.to(device, non_blocking=True),
-            cu_seqlens=cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True),
-            seqlens=seqlens,
-            pool_starts=starts.to(device, non_blocking=True),
+        on_cuda = torch.device(device).type == "cuda"
+        input_ids, positions, cu_seqlens, starts = (
+            (part.pin_memory() if on_cuda else part).to(device, non_blocking=True)
+            for part in (input_ids, positions, cu_seqlens.to(torch.int32), starts)
         )
+        return cls(input_ids, positions, cu_seqlens, seqlens, starts)
 
 
 def pack(lengths: Sequence[int], max_tokens: int, max_sequences: int) -> Iterator[list[int]]:

@@ -2,24 +2,24 @@
 
 No vector depends on any of it. On the CPU several passes run side by side, each with its part of the cores, where there
 are enough of them: a product that all cores share waits for the slowest, and what stands between products is too small
-to be shared. Where memory cannot hold a slab, smaller ones are made.
+to be shared. On CUDA one pass is launched ahead. Where memory cannot hold a slab, smaller ones are made.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from .packing import PackedBatch, pack
+from .packing import SLAB_SEQUENCES, PackedBatch, pack
 from .tokens import Tokenized
 
 logger = logging.getLogger(__name__)
 
 _TOKENS = {"cpu": 4096, "cuda": 8192}
-_SEQUENCES = 1024
 _PASSES_A_THREAD = 4  # so that all threads end at about the same time
 
 Slab = TypeVar("Slab")
@@ -57,8 +57,12 @@ class Slabs:
         left = set(range(len(texts)))
         while left:
             slabs = self._divide(texts, sorted(left))
-            side_by_side = self._at_once > 1 and len(slabs) >= 2 * self._at_once
-            results = run_side_by_side(run_slab, slabs, self._at_once) if side_by_side else map(run_slab, slabs)
+            if self._at_once > 1 and len(slabs) >= 2 * self._at_once:
+                results = run_side_by_side(run_slab, slabs, self._at_once)
+            elif self._device.type == "cuda":
+                results = run_one_ahead(run_slab, slabs)
+            else:
+                results = map(run_slab, slabs)
             try:
                 for slab, result in results:
                     left.difference_update(slab)
@@ -72,7 +76,7 @@ class Slabs:
         if self._at_once > 1:
             share = sum(lengths) // (_PASSES_A_THREAD * self._at_once)
             tokens = min(tokens, max(share, self._tile, *lengths))
-        return [[places[index] for index in slab] for slab in pack(lengths, tokens, _SEQUENCES)]
+        return [[places[index] for index in slab] for slab in pack(lengths, tokens, SLAB_SEQUENCES)]
 
     def _take_less(self, longest: int, error: torch.OutOfMemoryError) -> None:
         smaller = max(self.tokens // 2, longest)
@@ -82,6 +86,35 @@ class Slabs:
         self.tokens = smaller
         error.__traceback__ = None  # its frames hold the pass's tensors
         torch.cuda.empty_cache()
+
+
+def run_one_ahead(run: Callable[[Slab], Result], slabs: Iterable[Slab]) -> Iterator[Result]:
+    """`run(slab)` of each slab, one later than it was launched: the host packs a slab while the device computes one."""
+    launched: list[Result] = []
+    for slab in slabs:
+        launched.append(run(slab))
+        if len(launched) > 1:
+            yield launched.pop(0)
+    yield from launched
+
+
+class OnHost:
+    """A tensor on its way to the host: from CUDA it is copied into pinned memory behind what computes it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._copied = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def numpy(self) -> np.ndarray:
+        """Waits until it has arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor.numpy()
 
 
 def run_side_by_side(

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 
 from bivec.benchmarks import job
 from bivec.engine.runner import Runner
@@ -28,7 +29,7 @@ def test_costs(monkeypatch):
     monkeypatch.setattr(ShardOutput, "end_shard", lambda self, num_tokens: time.sleep(0.05))
     monkeypatch.setattr(Runner, "__call__", lambda self, batch, windows: batch.num_tokens)
     runner, batch = object.__new__(Runner), type("Batch", (), {"num_tokens": 530})()
-    runner.tiles = (16, 64, 512)
+    runner.device, runner.tiles = torch.device("cpu"), (16, 64, 512)
     costs = job.Costs()
     with costs.counted():
         object.__new__(ShardOutput).end_shard(1)

@@ -9,10 +9,11 @@ import torch
 
 from bivec import Encoder
 from bivec.engine.config import load_config
+from bivec.engine.layers import LAYERS, CudaLayer
 from bivec.engine.model import LlamaModel
 from bivec.engine.ops import choose_backend
 from bivec.engine.packing import PackedBatch
-from bivec.engine.runner import Runner
+from bivec.engine.runner import TILES, Runner
 from bivec.engine.weights import checkpoint_files, encoder_name, load_weights
 from bivec.kernels import reference
 
@@ -117,6 +118,19 @@ def test_the_interpreted_kernel_gives_the_states_of_sdpa(checkpoint_folders, nam
     torch.testing.assert_close(states(folder, "triton", runner), states(folder, "sdpa", runner), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the CUDA device, not interpreted")
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_the_layers_of_cuda_give_the_states_of_the_cpus(checkpoint_folders, monkeypatch, name, backend):
+    folder = checkpoint_folders[name]
+    expected = states(folder, "sdpa", runner=True)
+    monkeypatch.setitem(LAYERS, "cpu", CudaLayer)
+    # 60 tokens: in tiles with rows left over, and exactly
+    for tiles in ((32,), (20,)):
+        monkeypatch.setitem(TILES, "cpu", tiles)
+        torch.testing.assert_close(states(folder, backend, runner=True), expected, atol=1e-4, rtol=1e-4)
+
+
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -145,3 +159,16 @@ def test_cuda_vectors_are_bitwise_the_same_in_any_company(make_checkpoint, tmp_p
     for count in (1, 7, 100, 1000):
         company = ["brown fox " * (1 + i % 20) for i in range(count)]
         assert np.array_equal(encoder.encode([*company, needle])[-1], alone)
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_captured_pass_gives_the_bits_of_its_launches(checkpoint_folders, dtype):
+    runner = Runner(load(checkpoint_folders["llama"], "cuda", dtype), "triton")
+    for sequences in (SEQUENCES, [*SEQUENCES, *SEQUENCES, [3] * 300], [[9, 8]], SEQUENCES):
+        batch = PackedBatch.from_sequences(sequences, device="cuda")
+        windows = runner.config.bidirectional_windows
+        assert torch.equal(runner(batch), runner._run(batch, windows))
+        assert torch.equal(runner(batch, [(-1, 0)] * len(windows)), runner._run(batch, [(-1, 0)] * len(windows)))

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bivec.engine.encoder import Encoder
+from bivec.engine.layers import CpuLayer
 from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import Runner
 from bivec.kernels.pooling import pool
@@ -174,10 +175,11 @@ def test_control_pooling_one_token_of_the_neighbour_differs(encoder):
 
 def test_tiles_that_disagree_are_dropped(encoder, monkeypatch):
     """A product that depends on its number of rows must be noticed when the runner is made."""
-    finish = Runner._finish
+    finish = CpuLayer.finish
 
-    def row_dependent(self, layer, hidden, attended):
-        return finish(self, layer, hidden, attended) * (1.0 if hidden.shape[0] > 16 else 1.1)
+    def row_dependent(self, hidden, attended, tiles):
+        finish(self, hidden, attended, tiles)
+        hidden *= 1.0 if tiles[0].stop > 16 else 1.1
 
-    monkeypatch.setattr(Runner, "_finish", row_dependent)
+    monkeypatch.setattr(CpuLayer, "finish", row_dependent)
     assert Runner(encoder.model, "sdpa").tiles == (64, 512)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bivec import Encoder
-from bivec.engine.slabs import Slabs, run_side_by_side
+from bivec.engine.slabs import Slabs, run_one_ahead, run_side_by_side
 from bivec.engine.tokens import Tokenized
 
 TEXTS = [" ".join(["fox"] * (1 + 7 * place % 90)) for place in range(60)]
@@ -84,3 +84,15 @@ def test_a_failed_pass_ends_the_others():
         list(run_side_by_side(fail, range(1000), at_once=2))
     assert len(done) < 1000
     assert sorted(run_side_by_side(lambda slab: slab + 1, [7, 8], at_once=2)) == [8, 9]
+
+
+def test_one_pass_is_launched_ahead():
+    events = []
+    for slab in run_one_ahead(lambda slab: events.append(("launched", slab)) or slab, range(4)):
+        events.append(("read", slab))
+    launched, read = (
+        [place for place, event in enumerate(events) if event[0] == kind] for kind in ("launched", "read")
+    )
+    assert [slab for kind, slab in events if kind == "read"] == [0, 1, 2, 3]
+    assert all(read[slab] > launched[slab + 1] for slab in range(3))
+    assert list(run_one_ahead(str, [])) == []

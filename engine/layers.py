@@ -1,0 +1,215 @@
+"""One decoder layer for inference, in the form that suits the device: its weights fused, and the order of its steps.
+
+A layer's work falls in two: `project`, up to the heads that attention takes, and `finish`, all that follows it. Both go
+over `tiles`, ranges of rows, because every matrix product has one of a few fixed numbers of rows.
+
+Shapes: R rows of all tiles together, E hidden size, H query heads, G key/value heads, D head dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..kernels.norm import rms_norm
+from ..kernels.rotary import apply_rotary
+from ..kernels.swiglu import swiglu
+from .config import ModelConfig
+from .model import Attention, DecoderLayer
+from .ops import PackedLinear
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query (R, H, D), key (R, G, D) and value (R, G, D)
+
+
+class FusedLayer(Protocol):
+    """What `Runner` needs of a layer."""
+
+    num_bytes: int
+
+    def __init__(self, layer: DecoderLayer): ...
+
+    @staticmethod
+    def angles(cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """What `project` takes to rotate R rows, of float32 `(R, D / 2)` tables."""
+
+    @staticmethod
+    def new_heads(config: ModelConfig, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for the heads `(R, H + 2 G, D)` of one layer after another."""
+
+    @staticmethod
+    def pass_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Bytes of activations a row that a pass keeps at its peak, attention's own left out."""
+
+    def project(self, hidden: torch.Tensor, angles: Any, heads: torch.Tensor, tiles: Sequence[slice]) -> Heads:
+        """From hidden states `(R, E)` to attention's inputs, in `heads` or beside it."""
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
+        """The rest of the layer, in place on `hidden` `(R, E)`: output projection, residual, norm, SwiGLU, residual."""
+
+
+class CpuLayer:
+    """q, k and v in one product, SwiGLU and residuals done as products are written; a tile stays in cache.
+
+    The halves of each query and key head are interleaved, which no dot product of the two sees: rotary embedding is
+    then one product of complex numbers. It gives float32, and torch's attention is faster in that than in bfloat16.
+    """
+
+    def __init__(self, layer: DecoderLayer):
+        attention, mlp = layer.self_attn, layer.mlp
+        head_dim = attention.head_dim
+        weights, biases = _query_key_value(attention)
+        weights[:2] = [_interleave(weight, head_dim) for weight in weights[:2]]
+        biases[:2] = [_interleave(bias, head_dim) for bias in biases[:2]]
+        self.qkv = PackedLinear(torch.cat(weights), torch.cat(biases) if biases else None)
+        self.output, self.gate, self.up, self.down = (
+            PackedLinear(*_weight_and_bias(linear))
+            for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        self.num_bytes = sum(part.num_bytes for part in (self.qkv, self.output, self.gate, self.up, self.down))
+        self.input_norm = layer.input_layernorm.weight.detach()
+        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
+        self.eps = layer.input_layernorm.eps
+        norms = _head_norms(attention)
+        self.head_norms = norms and (_interleave(norms[0], head_dim), _interleave(norms[1], head_dim))
+        self.num_heads = attention.q_proj.out_features // head_dim
+        self.num_key_value_heads = attention.k_proj.out_features // head_dim
+
+    @staticmethod
+    def angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return torch.complex(cos, sin)
+
+    @staticmethod
+    def new_heads(config: ModelConfig, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(num_rows, _num_all_heads(config), config.head_dim, dtype=torch.float32)
+
+    @staticmethod
+    def pass_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        states = config.hidden_size + config.num_attention_heads * config.head_dim  # and what attention gives
+        return states * dtype.itemsize + _num_all_heads(config) * config.head_dim * torch.float32.itemsize
+
+    def project(self, hidden: torch.Tensor, angles: torch.Tensor, heads: torch.Tensor, tiles: Sequence[slice]) -> Heads:
+        num_rotated = self.num_heads + self.num_key_value_heads
+        for rows in tiles:
+            tile = heads[rows]
+            tile.copy_(self.qkv(rms_norm(hidden[rows], self.input_norm, self.eps)).view(tile.shape))
+            rotated = tile[:, :num_rotated]
+            if self.head_norms is not None:
+                for part, norm in zip(rotated.tensor_split([self.num_heads], dim=1), self.head_norms, strict=True):
+                    part.copy_(rms_norm(part, norm, self.eps))
+            torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(angles[rows, None])
+        query, key, value = heads.tensor_split([self.num_heads, num_rotated], dim=1)
+        return query, key, value
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
+        for rows in tiles:
+            total = self.output(attended[rows], add=hidden[rows])
+            normed = rms_norm(total, self.mlp_norm, self.eps)
+            gated = self.up(normed, multiply=self.gate(normed, activation="silu"))
+            hidden[rows] = self.down(gated, add=total)
+
+
+class CudaLayer:
+    """q, k and v in one product, residuals added by the products, norm, rotary and SwiGLU a Triton kernel each."""
+
+    def __init__(self, layer: DecoderLayer):
+        attention, mlp = layer.self_attn, layer.mlp
+        weights, biases = _query_key_value(attention)
+        self.qkv_weight = torch.cat(weights)
+        self.qkv_bias = torch.cat(biases) if biases else None
+        self.output_weight, self.output_bias = _weight_and_bias(attention.o_proj)
+        self.gate_weight, self.gate_bias = _weight_and_bias(mlp.gate_proj)
+        self.up_weight, self.up_bias = _weight_and_bias(mlp.up_proj)
+        self.down_weight, self.down_bias = _weight_and_bias(mlp.down_proj)
+        self.num_bytes = self.qkv_weight.nbytes  # the others are the model's own
+        self.input_norm = layer.input_layernorm.weight.detach()
+        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
+        self.eps = layer.input_layernorm.eps
+        self.head_norms = _head_norms(attention)
+        self.num_heads = attention.q_proj.out_features // attention.head_dim
+        self.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
+
+    @staticmethod
+    def angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos, sin
+
+    @staticmethod
+    def new_heads(config: ModelConfig, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(num_rows, _num_all_heads(config), config.head_dim)
+
+    @staticmethod
+    def pass_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        attended = config.num_attention_heads * config.head_dim
+        rotated = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        in_attention = _num_all_heads(config) * config.head_dim + rotated + 2 * attended
+        in_mlp = _num_all_heads(config) * config.head_dim + attended + config.hidden_size + 3 * config.intermediate_size
+        return (config.hidden_size + max(in_attention, in_mlp)) * dtype.itemsize
+
+    def project(
+        self,
+        hidden: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        heads: torch.Tensor,
+        tiles: Sequence[slice],
+    ) -> Heads:
+        for rows in tiles:
+            normed = rms_norm(hidden[rows], self.input_norm, self.eps)
+            out = heads[rows].flatten(1)
+            if self.qkv_bias is None:
+                torch.mm(normed, self.qkv_weight.t(), out=out)
+            else:
+                torch.addmm(self.qkv_bias, normed, self.qkv_weight.t(), out=out)
+        num_rotated = self.num_heads + self.num_key_value_heads
+        query, key, value = heads.tensor_split([self.num_heads, num_rotated], dim=1)
+        if self.head_norms is not None:
+            query, key = (
+                rms_norm(part, norm, self.eps) for part, norm in zip((query, key), self.head_norms, strict=True)
+            )
+        query, key = apply_rotary(query, key, *angles)
+        return query, key, value
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
+        for rows in tiles:
+            total = hidden[rows]
+            _add_product(total, attended[rows], self.output_weight, self.output_bias)
+            normed = rms_norm(total, self.mlp_norm, self.eps)
+            gate = F.linear(normed, self.gate_weight, self.gate_bias)
+            up = F.linear(normed, self.up_weight, self.up_bias)
+            _add_product(total, swiglu(gate, up), self.down_weight, self.down_bias)
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`total += x @ weight.T + bias`, the sum taken before the product is rounded."""
+    total.addmm_(x, weight.t())
+    if bias is not None:
+        total += bias
+
+
+def _weight_and_bias(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def _query_key_value(attention: Attention) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The three projections' weights, and their biases if they have them."""
+    parts = [_weight_and_bias(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return [weight for weight, _ in parts], [bias for _, bias in parts if bias is not None]
+
+
+def _head_norms(attention: Attention) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The norms' weights of query and key heads, where the model has them."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+
+
+def _interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows `(heads D, ...)` of a weight or bias with each head's halves interleaved: 0, D / 2, 1, D / 2 + 1, ..."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _num_all_heads(config: ModelConfig) -> int:
+    return config.num_attention_heads + 2 * config.num_key_value_heads
+
+
+LAYERS: dict[str, type[FusedLayer]] = {"cpu": CpuLayer, "cuda": CudaLayer}
