@@ -42,7 +42,7 @@ class ShardActor:
 
     def _run(self, worker: ShardWorker) -> None:
         try:
-            worker.run(self._taken(), lambda done: self._futures[done.number].set_result(done))
+            worker.run_watched(self._taken(), lambda done: self._futures[done.number].set_result(done))
         except BaseException as error:
             for future in self._futures.values():
                 if not future.done():

@@ -4,9 +4,12 @@ The parent hands shard numbers out and hears of each that is done; what is done 
 A worker that dies ends the job, and a resumed job goes on where it ended.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 # the next shard is read and tokenised while one is computed
 _OUTSTANDING = 2
 _GRACE_SECONDS = 20.0
+# a pass of an 8B model takes minutes on a few slow cores
+_SILENCE_SECONDS = 1800.0
 
 Load = Callable[["EmbedSettings"], RowEncoder]
 
@@ -48,6 +53,45 @@ class Plan:
         names = ("text_column", "id_column", "limit", "normalize", "truncate_dim", "precision")
         asked = {name: getattr(self.settings, name) for name in names}
         return {"bivec": __version__, **asked}
+
+
+class Watchdog:
+    """Ends this process, with every thread's traceback, when it has work and gets nowhere for half an hour.
+
+    A driver or a file system that hangs raises nothing: without this the job would wait for ever. What is heard of a
+    process that has ended is what is heard of one that was killed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self._last = 0.0
+
+    def taken(self, number: int) -> int:
+        """A shard was taken on."""
+        with self._lock:
+            self._outstanding += 1
+            self._set()
+        return number
+
+    def progress(self, *_: object) -> None:
+        """Something was done; called often, so that most calls do nothing."""
+        with self._lock:
+            if time.monotonic() - self._last > _SILENCE_SECONDS / 100:
+                self._set()
+
+    def done(self) -> None:
+        """A shard was; without one nothing is expected."""
+        with self._lock:
+            self._outstanding -= 1
+            self._set()
+
+    def _set(self) -> None:
+        self._last = time.monotonic()
+        if self._outstanding:
+            faulthandler.dump_traceback_later(_SILENCE_SECONDS, exit=True, file=2)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class ShardWorker:
@@ -73,6 +117,16 @@ class ShardWorker:
             embed_shards(self._rows, numbers, self._encoder, self._output, on_done=on_done, progress=progress)
         finally:
             self._output.abort()
+
+    def run_watched(self, numbers: Iterable[int], on_done: Callable[[Done], object]) -> None:
+        """`run` in a process that is there for it alone: it ends where nothing happens for too long."""
+        watchdog = Watchdog()
+
+        def done(done: Done) -> None:
+            watchdog.done()
+            on_done(done)
+
+        self.run(map(watchdog.taken, numbers), done, watchdog.progress)
 
 
 def rows_and_dimension(plan: Plan, encoder: RowEncoder) -> tuple[Rows, int]:
@@ -196,7 +250,7 @@ def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> No
     try:
         worker = ShardWorker(plan)
         connection.send(worker.manifest)
-        worker.run(_numbers(connection), connection.send)
+        worker.run_watched(_numbers(connection), connection.send)
         connection.send(None)
     except Exception as error:
         error.add_note("in a worker:\n" + traceback.format_exc())

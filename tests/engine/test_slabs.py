@@ -90,9 +90,6 @@ def test_one_pass_is_launched_ahead():
     events = []
     for slab in run_one_ahead(lambda slab: events.append(("launched", slab)) or slab, range(4)):
         events.append(("read", slab))
-    launched, read = (
-        [place for place, event in enumerate(events) if event[0] == kind] for kind in ("launched", "read")
-    )
-    assert [slab for kind, slab in events if kind == "read"] == [0, 1, 2, 3]
-    assert all(read[slab] > launched[slab + 1] for slab in range(3))
+    assert [slab for event, slab in events if event == "read"] == [0, 1, 2, 3]
+    assert all(events.index(("read", slab)) > events.index(("launched", slab + 1)) for slab in range(3))
     assert list(run_one_ahead(str, [])) == []

@@ -1,7 +1,8 @@
 """`bivec embed …` with a stub for the model: a text's vector is its hash. Run as a script by the tests that kill it.
 
-A text with "<die once>" kills its process unless the file that DIED names is there, which it makes. With PAUSE_AT=n it
-prints "paused" at the n-th call of `encode_tokenized` and waits to be killed.
+A text with "<die once>" kills its process unless the file that DIED names is there, which it makes; one with "<hang
+once>" never comes to an end. With PAUSE_AT=n it prints "paused" at the n-th call of `encode_tokenized` and waits to be
+killed. A worker may be silent for SILENCE seconds.
 """
 
 import hashlib
@@ -49,9 +50,10 @@ class StubEncoder:
             print("paused", flush=True)
             for _ in range(6000):  # a signal just before a sleep is seen only after it
                 time.sleep(0.01)
-        if any("<die once>" in text for text in texts) and not os.path.exists(os.environ["DIED"]):
-            open(os.environ["DIED"], "x").close()
-            os.kill(os.getpid(), signal.SIGKILL)
+        for fault, bring in {"<die once>": die, "<hang once>": hang}.items():
+            if any(fault in text for text in texts) and not os.path.exists(os.environ["DIED"]):
+                open(os.environ["DIED"], "x").close()
+                bring()
         vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = np.nan if "<nan>" in text else vector_of(prompt + text)
@@ -63,10 +65,20 @@ class StubEncoder:
         return vectors, reasons, 3 * len(texts)
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
 def load(_) -> StubEncoder:
-    from bivec.serving import shards
+    from bivec.serving import shards, workers
 
     shards._WINDOW_ROWS = 2  # in every worker
+    workers._SILENCE_SECONDS = float(os.environ.get("SILENCE", 60))
     return StubEncoder()
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bivec.engine.row_files import RowError
-from bivec.serving import folder, job, manifest, shards, writers
+from bivec.serving import folder, job, manifest, shards, workers, writers
 from bivec.serving.job import EmbedSettings, run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -370,6 +370,38 @@ def test_two_workers_and_one_that_is_killed(start, texts, tmp_path):
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "two"))
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "out"))
     assert pq.read_table(tmp_path / "one").num_rows == 50
+
+
+def test_a_worker_that_hangs(start, texts, tmp_path):
+    """It ends itself and says where it stood, and a resumed job goes on."""
+    texts.write_text(texts.read_text().replace("text 33\n", "text 33 <hang once>\n"))
+    given = (texts, "--output", tmp_path / "out", "--workers", 2)
+    environment = {"DIED": str(tmp_path / "hung"), "SILENCE": "2"}
+    process = start(*given, pause_at=0, **environment)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Timeout (0:00:02)!" in err
+    assert "in hang" in err
+    assert "died with exit status 1; what is done is kept, and --resume goes on" in err
+    process = start(*given, "--resume", pause_at=0, **environment)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert pq.read_table(tmp_path / "out").num_rows == 50
+
+
+def test_a_worker_that_is_slow_is_left_alone(monkeypatch):
+    """What the watchdog asks of the interpreter, call by call."""
+    calls, now = [], [0.0]
+    monkeypatch.setattr(workers.faulthandler, "dump_traceback_later", lambda *_, **__: calls.append("set"))
+    monkeypatch.setattr(workers.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers, "_SILENCE_SECONDS", 100.0)
+    watchdog = workers.Watchdog()
+    for step, seconds in [("taken", 0), ("progress", 0.5), ("progress", 2), ("taken", 0), ("done", 50), ("done", 0)]:
+        now[0] += seconds
+        getattr(watchdog, step)(*([7] if step == "taken" else []))
+    watchdog.progress()
+    assert calls == ["set", "set", "set", "set", "cancelled"]
 
 
 def test_a_workers_bad_row_is_one_line(start, tmp_path):
