@@ -20,7 +20,7 @@ from .tokens import Tokenized
 logger = logging.getLogger(__name__)
 
 _TOKENS = {"cpu": 4096, "cuda": 8192}
-_PASSES_A_THREAD = 4  # so that all threads end at about the same time
+_PASSES_A_THREAD = 8  # so that all threads end at about the same time
 
 Slab = TypeVar("Slab")
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ class Slabs:
         tokens = self.tokens
         if self._at_once > 1:
             share = sum(lengths) // (_PASSES_A_THREAD * self._at_once)
-            tokens = min(tokens, max(share, self._tile, *lengths))
+            tokens = min(tokens, max(share // self._tile * self._tile, self._tile, *lengths))
         return [[places[index] for index in slab] for slab in pack(lengths, tokens, SLAB_SEQUENCES)]
 
     def _take_less(self, longest: int, error: torch.OutOfMemoryError) -> None:

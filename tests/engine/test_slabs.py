@@ -62,7 +62,7 @@ def test_memory_for_no_text_at_all(encoder, memory):
     assert encoder.encode(TEXTS[:2]).shape == (2, 64)
 
 
-@pytest.mark.parametrize(("at_once", "num_slabs"), [(1, 1), (2, 8), (3, 12)])
+@pytest.mark.parametrize(("at_once", "num_slabs"), [(1, 1), (2, 16), (3, 24)])
 def test_slabs_for_every_thread(at_once, num_slabs):
     texts = [Tokenized([1] * 32, 0)] * 96
     slabs = Slabs(torch.device("cpu"), longest=64, at_once=at_once, tile=64)
