@@ -1,5 +1,6 @@
 """`Encoder`: text in, vectors out. The public face of the engine."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
 from .model import LanguageModel, LlamaModel
+from .overlap import ahead
 from .packing import PackedBatch
 from .runner import Runner
 from .selftest import check_mask
@@ -26,7 +28,8 @@ from .weights import checkpoint_files, language_model_name, load_weights
 Precision = Literal["float32", "float16", "int8"]
 PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
-_WINDOW = 8192  # texts that are tokenised and packed together
+# texts that are tokenised and packed together: the first window's tokens are all that the device waits for
+_WINDOW = 2048
 
 
 class Encoder:
@@ -240,19 +243,19 @@ class Encoder:
             vectors `(N, dim)` with zeros where there is a reason; a reason or None for each text; tokens run.
         """
         prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
-        parts = []
-        for start in range(0, len(texts), _WINDOW) or [0]:
-            end = min(start + _WINDOW, len(texts))
-            tokenized = self._tokenizer(texts[start:end], prompts[start:end])
-            parts.append(
+        windows = [slice(start, start + _WINDOW) for start in range(0, len(texts), _WINDOW) or [0]]
+        tokenized = (self._tokenizer(texts[window], prompts[window]) for window in windows)
+        with contextlib.closing(ahead(tokenized) if len(windows) > 1 else tokenized) as found:
+            parts = [
                 self.encode_tokenized(
-                    tokenized,
+                    window,
                     normalize_embeddings=normalize_embeddings,
                     truncate_dim=truncate_dim,
                     precision=precision,
                     progress=progress,
                 )
-            )
+                for window in found
+            ]
         vectors, reasons, num_tokens = zip(*parts, strict=True)
         return np.concatenate(vectors), [reason for part in reasons for reason in part], sum(num_tokens)
 

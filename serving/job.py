@@ -195,7 +195,7 @@ def _embed_into_folder(
 
                 on_ray(plan, pending, on_ready, progress.on_done, address=settings.ray, num_workers=settings.workers)
             elif (num_workers := _num_workers(settings, len(pending))) > 1:
-                in_processes(plan, pending, on_ready, progress.on_done, num_workers)
+                in_processes(plan, pending, on_ready, progress.on_done, progress.on_pass, num_workers)
             else:
                 in_this_process(plan, pending, on_ready, progress.on_done, progress.on_pass)
             summary.num_shards_left = sum(not manifest.is_done(folder.path, n) for n in range(len(plan.shards)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .. import __version__
 from ..engine.input_files import InputFile
@@ -33,6 +33,7 @@ _OUTSTANDING = 2
 _GRACE_SECONDS = 20.0
 # a pass of an 8B model takes minutes on a few slow cores
 _SILENCE_SECONDS = 1800.0
+_REPORT_SECONDS = 0.5
 
 Load = Callable[["EmbedSettings"], RowEncoder]
 
@@ -74,7 +75,7 @@ class Watchdog:
             self._set()
         return number
 
-    def progress(self, *_: object) -> None:
+    def progress(self) -> None:
         """Something was done; called often, so that most calls do nothing."""
         with self._lock:
             if time.monotonic() - self._last > _SILENCE_SECONDS / 100:
@@ -118,7 +119,9 @@ class ShardWorker:
         finally:
             self._output.abort()
 
-    def run_watched(self, numbers: Iterable[int], on_done: Callable[[Done], object]) -> None:
+    def run_watched(
+        self, numbers: Iterable[int], on_done: Callable[[Done], object], progress: Progress | None = None
+    ) -> None:
         """`run` in a process that is there for it alone: it ends where nothing happens for too long."""
         watchdog = Watchdog()
 
@@ -126,7 +129,12 @@ class ShardWorker:
             watchdog.done()
             on_done(done)
 
-        self.run(map(watchdog.taken, numbers), done, watchdog.progress)
+        def passed(num_texts: int, num_tokens: int) -> None:
+            watchdog.progress()
+            if progress is not None:
+                progress(num_texts, num_tokens)
+
+        self.run(map(watchdog.taken, numbers), done, passed)
 
 
 def rows_and_dimension(plan: Plan, encoder: RowEncoder) -> tuple[Rows, int]:
@@ -178,6 +186,7 @@ def in_processes(
     numbers: Sequence[int],
     on_ready: Callable[[Manifest], object],
     on_done: Callable[[Done], object],
+    progress: Progress,
     num_workers: int,
 ) -> None:
     """Embeds shards in `num_workers` spawned processes; `on_ready` is called with each one's manifest.
@@ -206,6 +215,9 @@ def in_processes(
                     continue
                 if isinstance(message, BaseException):
                     raise message
+                if isinstance(message, _Passed):
+                    progress(message.num_texts, message.num_tokens)
+                    continue
                 if isinstance(message, Manifest):
                     on_ready(message)
                 else:
@@ -247,10 +259,11 @@ def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> No
     os.environ.update(environment)  # before torch is imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
     signal.signal(signal.SIGTERM, _terminate)
+    reporter = _Reporter(connection)
     try:
         worker = ShardWorker(plan)
         connection.send(worker.manifest)
-        worker.run_watched(_numbers(connection), connection.send)
+        worker.run_watched(_numbers(connection), reporter.done, reporter.progress)
         connection.send(None)
     except Exception as error:
         error.add_note("in a worker:\n" + traceback.format_exc())
@@ -260,6 +273,34 @@ def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> No
             return  # the parent is gone
         except Exception:  # an exception that cannot be pickled
             connection.send(RuntimeError(traceback.format_exc()))
+
+
+class _Passed(NamedTuple):
+    """Texts and tokens that a worker has embedded since it last said so."""
+
+    num_texts: int
+    num_tokens: int
+
+
+class _Reporter:
+    """Tells the parent what is done, from the thread that computes and the one that writes; passes twice a second."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._passed = _Passed(0, 0)
+        self._last = 0.0
+
+    def progress(self, num_texts: int, num_tokens: int) -> None:
+        self._passed = _Passed(self._passed.num_texts + num_texts, self._passed.num_tokens + num_tokens)
+        if time.monotonic() - self._last > _REPORT_SECONDS:
+            with self._lock:
+                self._connection.send(self._passed)
+            self._passed, self._last = _Passed(0, 0), time.monotonic()
+
+    def done(self, done: Done) -> None:
+        with self._lock:
+            self._connection.send(done)
 
 
 def _numbers(connection: Connection) -> Iterator[int]:

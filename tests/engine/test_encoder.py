@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from bivec import Encoder
+from bivec.engine import encoder as encoder_module
 from bivec.engine.packing import PackedBatch
 
 TEXTS = ["the quick brown fox", "北京 and München", "emoji 😀!", "a packed batch holds many sequences side by side"]
@@ -327,3 +329,22 @@ def test_the_two_halves_of_encode_rows_are_the_whole(encoder):
     assert np.array_equal(vectors, expected[0])
     assert (reasons, num_tokens) == expected[1:]
     assert [reason is None for reason in reasons] == [True, False, True]
+
+
+def test_windows_tokenised_ahead_give_the_same_vectors(encoder, monkeypatch):
+    texts = [f"number {place} " + "fox " * (place % 9) for place in range(23)]
+    texts[13] = "\ud800"
+    vectors, reasons, num_tokens = encoder.encode_rows(texts)
+    monkeypatch.setattr(encoder_module, "_WINDOW", 5)
+    found, its_reasons, its_tokens = encoder.encode_rows(texts)
+    assert np.array_equal(found, vectors)
+    assert (its_reasons, its_tokens) == (reasons, num_tokens)
+    assert [place for place, reason in enumerate(reasons) if reason] == [13]
+
+    def fail(*_, **__):
+        raise RuntimeError("a pass failed")
+
+    monkeypatch.setattr(encoder, "encode_tokenized", fail)
+    with pytest.raises(RuntimeError, match="a pass failed"):
+        encoder.encode_rows(texts)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]

@@ -2,7 +2,7 @@
 
 A text with "<die once>" kills its process unless the file that DIED names is there, which it makes; one with "<hang
 once>" never comes to an end. With PAUSE_AT=n it prints "paused" at the n-th call of `encode_tokenized` and waits to be
-killed. A worker may be silent for SILENCE seconds.
+killed. A worker may be silent for SILENCE seconds. With SHOW_PASSES each pass that the job hears of is printed.
 """
 
 import hashlib
@@ -79,6 +79,7 @@ def load(_) -> StubEncoder:
 
     shards._WINDOW_ROWS = 2  # in every worker
     workers._SILENCE_SECONDS = float(os.environ.get("SILENCE", 60))
+    workers._REPORT_SECONDS = -1.0  # every pass
     return StubEncoder()
 
 
@@ -88,5 +89,7 @@ if __name__ == "__main__":
 
     job.ROWS_PER_SHARD = int(os.environ.get("ROWS_PER_SHARD", 10))
     job.load_encoder = load
+    if "SHOW_PASSES" in os.environ:
+        job._Progress.on_pass = lambda _, num_texts, num_tokens: print("pass", num_texts, num_tokens)
     sys.argv[0] = "bivec"
     cli.main()

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -370,6 +371,25 @@ def test_two_workers_and_one_that_is_killed(start, texts, tmp_path):
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "two"))
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "out"))
     assert pq.read_table(tmp_path / "one").num_rows == 50
+
+
+def test_workers_tell_of_each_pass(start, texts, tmp_path):
+    process = start(texts, "--output", tmp_path / "out", "--workers", 2, pause_at=0, SHOW_PASSES="1")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    passes = [line.split()[1:] for line in out.splitlines() if line.startswith("pass ")]
+    assert [sum(map(int, column)) for column in zip(*passes, strict=True)] == [50, 150]
+
+
+def test_passes_are_told_twice_a_second(monkeypatch):
+    now, told = [10.0], []
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    reporter = workers._Reporter(SimpleNamespace(send=told.append))
+    for seconds in (0.0, 0.1, 0.3, 0.2, 0.1):
+        now[0] += seconds
+        reporter.progress(1, 10)
+    reporter.done("a shard")
+    assert told == [(1, 10), (3, 30), "a shard"]
 
 
 def test_a_worker_that_hangs(start, texts, tmp_path):

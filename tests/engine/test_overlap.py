@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bivec.serving.overlap import Behind, ahead
+from bivec.engine.overlap import Behind, ahead
 
 
 def threads() -> int:
