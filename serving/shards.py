@@ -18,7 +18,7 @@ from ..engine.row_files import BadRow, InputFile, RowError
 from .readers import Row, Shard, read_rows
 
 # texts are packed by length within a window, so it is large; long texts end it earlier, so that memory stays flat
-_WINDOW_ROWS = 8192
+_WINDOW_ROWS = 4096
 _WINDOW_CHARACTERS = 2**25
 
 Progress = Callable[[int, int], object]  # called with texts and tokens after each pass
