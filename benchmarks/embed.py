@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .breakdown import breakdown
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, linear_rates, write_checkpoint
 from .texts import DATA, read_lines, real_mix, synthetic_mix, token_counts
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     best = fastest(timings)
     best_latency = fastest(latencies)
     disturbance = others.cores()
+    spent = breakdown(functools.partial(ours[0].encode, texts), device) if callable(ours[0].encode) else None
     dtypes = sorted({entrant.dtype for entrant in entrants if not isinstance(entrant.encode, str)})
     rates = {dtype: linear_rates(shape, getattr(torch, dtype), device) for dtype in dtypes}
     control = causal_control(models["float32", "sdpa"], texts, vectors.get(DEFAULT))
@@ -133,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         max_length=arguments.max_length,
         linear_rates=rates,
         causal_control_cosine=control,
+        breakdown_of_bivec=spent,
         cores_busy_elsewhere=disturbance,
         best_peer=best.name,
         best_peer_latency=best_latency.name,

@@ -72,6 +72,7 @@ def test_without_the_peer_its_rows_are_skipped_and_no_speed_up_is_reported(capsy
         assert row["tokens_per_s"] > 0
         assert "did not run" in row["refused"]
         assert "speedup_over_default" not in row
+    assert 0.3 < sum(part["share"] for part in document["breakdown_of_bivec"]["parts"]) <= 1.000001
 
 
 def test_no_speed_up_is_reported_for_vectors_that_disagree(capsys, monkeypatch, cheap_ceilings):
