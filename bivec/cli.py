@@ -1,4 +1,4 @@
-"""The command line: `bivec embed`, `train`, `evaluate`, `export`, `inspect`.
+"""The command line: `bivec embed`, `train`, `evaluate`, `benchmark`, `export`, `inspect`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -303,6 +303,30 @@ def compare(
         rows = comparison.compare(Report.read(first), Report.read(second))
         typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
         comparison.draw(rows, (first.stem, second.stem), output)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def benchmark(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)] = "",
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="--OPTION VALUE...", help="Its own; bivec benchmark NAME --help.")
+    ] = None,
+) -> None:
+    """Measure bivec against eager PyTorch and its peers, side by side in one run.
+
+    NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these at sizes that suit the
+    device; or report, for the tables of results.
+
+    Example: bivec benchmark embed --quick --output embed.json
+    """
+    if name in ("", "-h", "--help"):
+        typer.echo(context.get_help())
+        raise typer.Exit(0 if name else 2)
+    with _one_line_errors():
+        from .benchmarks import suite
+
+        raise typer.Exit(suite.run(name, options or []))
 
 
 @app.command("export")
