@@ -27,7 +27,7 @@ _STEPS: dict[str, dict[str, list[str]]] = {
     "cpu": {name: [] for name in BENCHMARKS},
     "cuda": {
         **{name: [] for name in BENCHMARKS if name not in _WITH_TEXTS},
-        "embed-1B": ["--shape", "1B"],
+        "embed-1B": ["--shape", "1B", "--rounds", "5"],
         "job-1B": ["--shape", "1B"],
         "train-1B": ["--shape", "1B"],
         "embed-8B": ["--shape", "8B", "--num-texts", "1024", "--rounds", "3"],

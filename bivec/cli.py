@@ -4,17 +4,26 @@ Nothing heavy is imported before a command runs.
 """
 
 import json
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
 from . import DEFAULT_MODEL, __version__
+from .cli_evaluate import evaluation
+from .cli_shared import (
+    Adapters,
+    Attention,
+    Device,
+    Dtype,
+    MaxLength,
+    Model,
+    Pooling,
+    one_line_errors,
+    warn_of_default,
+)
 
 app = typer.Typer(
     name="bivec",
@@ -25,39 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-evaluation = typer.Typer(
-    name="evaluate",
-    help="Measure a model on plain files: similarity, classification, generation, anisotropy.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 app.add_typer(evaluation)
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="Hub id or folder: a Llama, Mistral, Qwen2 or Qwen3, an adapter of one, or a training run.",
-        show_default="a small demonstration encoder that comes with bivec",
-    ),
-]
-Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", help="LoRA adapter, hub id or folder; repeat to stack, in order.")
-]
-Pooling = Annotated[
-    Literal["mean", "weighted_mean", "last", "first"] | None,
-    typer.Option(help="How a text's token states become one vector. Default: the training run's own, else mean."),
-]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
-Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by name; see bivec inspect.")]
-MaskWindow = Annotated[
-    Literal["bidirectional", "causal"] | None, typer.Option("--window", help="The mask. Default: the model's own.")
-]
-Data = Annotated[str, typer.Option(help="Folder of the task's files; of texts also one file.")]
-ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
-Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
 
 
 def _version(wanted: bool) -> None:
@@ -132,7 +109,7 @@ def embed(
     A file appears under its name only when it is complete. A job into a folder can be killed at any time: --resume
     goes on with the shards that are not done, or says what has changed since.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from .serving import job
 
         summary = job.run(
@@ -161,7 +138,7 @@ def embed(
                 overwrite=overwrite,
             ),
             job.load_encoder,
-            before_loading=lambda: _warn_of_default(model),
+            before_loading=lambda: warn_of_default(model),
         )
         for row in summary.unreadable:
             typer.echo(f"warning: {row}", err=True)
@@ -187,122 +164,10 @@ def train(
     if stage in ("", "-h", "--help"):
         typer.echo(context.get_help())
         raise typer.Exit(0 if stage else 2)
-    with _one_line_errors():
+    with one_line_errors():
         from .training import read_settings, train
 
         typer.echo(str(train(read_settings(stage, fields or []))))
-
-
-@evaluation.command("sts")
-@evaluation.command("classification")
-def evaluate_labelled(
-    context: typer.Context,
-    data: Data,
-    model: Model = str(DEFAULT_MODEL),
-    adapter: Adapters = None,
-    pooling: Pooling = None,
-    max_length: MaxLength = 512,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    window: MaskWindow = None,
-    output: ReportFile = None,
-    seeds: Seeds = 3,
-    split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
-    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
-) -> None:
-    """Score embeddings against labels.
-
-    sts: correlation of cosines with people's scores; files NAME-train, -dev, -test (.csv, .tsv).
-    classification: accuracy of a logistic regression; files NAME.train, .dev, .test, or NAME.all.
-
-    Example: bivec evaluate sts --model runs/simcse --data stsb --split dev --output simcse.json
-    """
-    _evaluate(
-        task=context.info_name,
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        pooling=pooling,
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        seeds=seeds,
-        split=split,
-        baseline=baseline,
-    )
-
-
-@evaluation.command("generation")
-@evaluation.command("anisotropy")
-def evaluate_unlabelled(
-    context: typer.Context,
-    data: Data,
-    model: Model = str(DEFAULT_MODEL),
-    adapter: Adapters = None,
-    max_length: MaxLength = 512,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = "auto",
-    window: MaskWindow = None,
-    output: ReportFile = None,
-    seeds: Seeds = 3,
-    num_texts: Annotated[int, typer.Option(min=2, help="Texts that are drawn, the same for every model.")] = 500,
-) -> None:
-    """Examine a model on texts that it was not trained on, in .txt or .jsonl.
-
-    generation: perplexity and repetition under the causal mask, before and after training.
-    anisotropy: how alike hidden states are in each layer, and under both masks.
-
-    Example: bivec evaluate generation --model runs/mntp --data held-out.txt --output mntp.json
-    """
-    _evaluate(
-        task=context.info_name,
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        seeds=seeds,
-        num_texts=num_texts,
-    )
-
-
-def _evaluate(**settings: Any) -> None:
-    with _one_line_errors():
-        from .evaluation.report import table
-        from .evaluation.tasks import EvaluateSettings, evaluate
-
-        _warn_of_default(settings["model"])
-        typer.echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
-
-
-@evaluation.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="A result of bivec evaluate --output.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another of the same task and data.")],
-    output: Annotated[Path, typer.Option(help="The picture, .png, .svg or .pdf.")] = Path("comparison.png"),
-) -> None:
-    """Print two results with their differences, and draw them.
-
-    Differences are B minus A, on the same bootstrap resamples of the same texts.
-
-    Example: bivec evaluate compare base.json simcse.json --output comparison.png
-    """
-    with _one_line_errors():
-        from .evaluation import comparison
-        from .evaluation.report import Report
-
-        rows = comparison.compare(Report.read(first), Report.read(second))
-        typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
-        comparison.draw(rows, (first.stem, second.stem), output)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -323,7 +188,7 @@ def benchmark(
     if name in ("", "-h", "--help"):
         typer.echo(context.get_help())
         raise typer.Exit(0 if name else 2)
-    with _one_line_errors():
+    with one_line_errors():
         from .benchmarks import suite
 
         raise typer.Exit(suite.run(name, options or []))
@@ -344,7 +209,7 @@ def export_model(
 
     Example: bivec export --model runs/supervised --output encoder
     """
-    with _one_line_errors():
+    with one_line_errors():
         from .engine.export import export
 
         export(model, output, adapters=adapter or [], pooling=pooling, max_length=max_length, dtype=dtype)
@@ -368,10 +233,10 @@ def inspect(
 
     Example: bivec inspect --model HuggingFaceTB/SmolLM-135M
     """
-    with _one_line_errors():
+    with one_line_errors():
         from .engine.encoder import Encoder
 
-        _warn_of_default(model)
+        warn_of_default(model)
         encoder = Encoder.from_pretrained(
             model,
             adapters=adapter or [],
@@ -405,54 +270,6 @@ def _table(description: dict[str, Any]) -> Iterator[str]:
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         yield f"{name:{width}}  {value}".rstrip()
-
-
-def _warn_of_default(model: str) -> None:
-    if model == str(DEFAULT_MODEL):
-        typer.echo(
-            "note: the default model is a demonstration of 4 million parameters: its vectors are fit for trying bivec, "
-            "not for search. Choose another with --model.",
-            err=True,
-        )
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """A user's mistake becomes one line and a status: 2 for arguments and files, 1 for a bad row or a failing disk."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
-    except OSError as error:
-        wrong_path = isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError)
-        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        _exit(named, 2 if wrong_path else 1)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        from .engine.row_files import RowError
-
-        _exit(str(error), 1 if isinstance(error, RowError) else 2)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether bivec itself raised `error`: a ValueError from inside a library is a bug and shows its traceback."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("bivec.")
-
-
-def _exit(message: str, status: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(status)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise SystemExit(143)  # unwinds through the job, which removes its temporary files
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def test_work_in_another_thread_is_seen():
     found = breakdown(run, torch.device("cpu"))
     shares = {part["name"]: part["share"] for part in found["parts"]}
     assert next(iter(shares)) == "aten::mm"
-    assert shares["aten::mm"] > 0.5 > shares["aten::relu"] + shares["aten::clamp_min"]
+    assert shares["aten::mm"] > 0.5 > shares["aten::clamp_min"] > 0
     assert next(part["calls"] for part in found["parts"] if part["name"] == "aten::mm") == 20
     assert found["work_s"] > 0
     assert found["wall_s"] > 0

@@ -1,0 +1,145 @@
+"""`bivec evaluate`: a command for each kind of task, and the comparison of two results."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import DEFAULT_MODEL
+from .cli_shared import (
+    Adapters,
+    Attention,
+    Device,
+    Dtype,
+    MaxLength,
+    Model,
+    Pooling,
+    one_line_errors,
+    warn_of_default,
+)
+
+evaluation = typer.Typer(
+    name="evaluate",
+    help="Measure a model on plain files: similarity, classification, generation, anisotropy.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+MaskWindow = Annotated[
+    Literal["bidirectional", "causal"] | None, typer.Option("--window", help="The mask. Default: the model's own.")
+]
+Data = Annotated[str, typer.Option(help="Folder of the task's files; of texts also one file.")]
+ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
+
+
+@evaluation.command("sts")
+@evaluation.command("classification")
+def evaluate_labelled(
+    context: typer.Context,
+    data: Data,
+    model: Model = str(DEFAULT_MODEL),
+    adapter: Adapters = None,
+    pooling: Pooling = None,
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    seeds: Seeds = 3,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
+) -> None:
+    """Score embeddings against labels.
+
+    sts: correlation of cosines with people's scores; files NAME-train, -dev, -test (.csv, .tsv).
+    classification: accuracy of a logistic regression; files NAME.train, .dev, .test, or NAME.all.
+
+    Example: bivec evaluate sts --model runs/simcse --data stsb --split dev --output simcse.json
+    """
+    _evaluate(
+        task=context.info_name,
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        pooling=pooling,
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        seeds=seeds,
+        split=split,
+        baseline=baseline,
+    )
+
+
+@evaluation.command("generation")
+@evaluation.command("anisotropy")
+def evaluate_unlabelled(
+    context: typer.Context,
+    data: Data,
+    model: Model = str(DEFAULT_MODEL),
+    adapter: Adapters = None,
+    max_length: MaxLength = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    seeds: Seeds = 3,
+    num_texts: Annotated[int, typer.Option(min=2, help="Texts that are drawn, the same for every model.")] = 500,
+) -> None:
+    """Examine a model on texts that it was not trained on, in .txt or .jsonl.
+
+    generation: perplexity and repetition under the causal mask, before and after training.
+    anisotropy: how alike hidden states are in each layer, and under both masks.
+
+    Example: bivec evaluate generation --model runs/mntp --data held-out.txt --output mntp.json
+    """
+    _evaluate(
+        task=context.info_name,
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        seeds=seeds,
+        num_texts=num_texts,
+    )
+
+
+def _evaluate(**settings: Any) -> None:
+    with one_line_errors():
+        from .evaluation.report import table
+        from .evaluation.tasks import EvaluateSettings, evaluate
+
+        warn_of_default(settings["model"])
+        typer.echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
+
+
+@evaluation.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="A result of bivec evaluate --output.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another of the same task and data.")],
+    output: Annotated[Path, typer.Option(help="The picture, .png, .svg or .pdf.")] = Path("comparison.png"),
+) -> None:
+    """Print two results with their differences, and draw them.
+
+    Differences are B minus A, on the same bootstrap resamples of the same texts.
+
+    Example: bivec evaluate compare base.json simcse.json --output comparison.png
+    """
+    with one_line_errors():
+        from .evaluation import comparison
+        from .evaluation.report import Report
+
+        rows = comparison.compare(Report.read(first), Report.read(second))
+        typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
+        comparison.draw(rows, (first.stem, second.stem), output)
