@@ -32,9 +32,9 @@ from ..engine.runner import Runner
 from ..serving import job
 from ..serving.folder import ShardOutput
 from ..serving.manifest import Manifest
-from .embed import PEER, choose_texts, describe_texts, load_sentence_transformer
+from .embed import PEER, choose_texts, describe_texts, load_sentence_transformer, throughput
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
-from .shapes import SHAPES, write_checkpoint
+from .shapes import SHAPES, linear_rates, write_checkpoint
 from .texts import DATA
 from .timing import argument_parser, measure, ratio, report
 
@@ -124,13 +124,15 @@ def main(argv: list[str] | None = None) -> int:
         with costs.counted():
             bivec_job(encoder, source, folder / "out")
         seconds = time.perf_counter() - start
+    shape = SHAPES[shape_name]
+    dtypes = {"bivec": encoder.dtype}
+    dtypes |= {f"{PEER} {name}": getattr(torch, dtype) for name, (dtype, _) in PEERS[device.type].items()}
+    rates = {dtype: linear_rates(shape, dtype, device)["best"] for dtype in set(dtypes.values())}
     rows = []
     for name, timing in timings.items():
-        row = timing.row()
-        if not timing.skipped:
-            row["tokens_per_s"] = lengths["total"] / timing.median
-            if name != "bivec":
-                row["bivec_speedup"] = ratio(timing, timings["bivec"])
+        row = timing.row() | throughput(timing, lengths, shape.flops_per_token, rates[dtypes[name]])
+        if name != "bivec" and not timing.skipped:
+            row["bivec_speedup"] = ratio(timing, timings["bivec"])
         rows.append(row)
     report(
         "job",

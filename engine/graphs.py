@@ -48,9 +48,8 @@ class _CapturedPass:
     def __init__(
         self, run: Run, capture: Capture, windows: Sequence[Window], num_tokens: int, device: torch.device
     ) -> None:
-        tokens, sequences = torch.zeros(2, num_tokens, dtype=torch.int64), torch.zeros(2, SLAB_SEQUENCES + 1)
-        input_ids, positions = tokens.to(device)
-        cu_seqlens, pool_starts = sequences.to(device, torch.int32)
+        input_ids, positions = torch.zeros(2, num_tokens, dtype=torch.int64, device=device)
+        cu_seqlens, pool_starts = torch.zeros(2, SLAB_SEQUENCES + 1, dtype=torch.int32, device=device)
         self._batch = PackedBatch(input_ids, positions, cu_seqlens, seqlens=(), pool_starts=pool_starts[1:])
         self._replay, self._output = capture(lambda: run(self._batch, windows))
 

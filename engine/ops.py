@@ -1,4 +1,4 @@
-"""The one place where a backend is chosen: attention over packed sequences, and linears for inference.
+"""The one place where a backend is chosen: attention over packed sequences, and the CPU's linears for inference.
 
 Shapes: T packed tokens, S sequences, H query heads, G key/value heads, D head dimension, B sequences of equal length L.
 """
@@ -220,19 +220,18 @@ Activation = Literal["none", "silu"]
 
 
 class PackedLinear:
-    """`activation(x @ weight.T + bias)`, then `* multiply` or `+ add`, without gradient, over a few fixed row counts.
+    """`activation(x @ weight.T + bias)`, then `* multiply` or `+ add`, on the CPU, over a few fixed row counts.
 
-    On the CPU the weight is reordered once for oneDNN and what follows the product is done on its way to memory.
+    The weight is reordered once for oneDNN, where that is there, and what follows the product is done on its way to
+    memory. There is no gradient.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.bias = bias
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.numel() * weight.element_size()
-        self.uses_onednn = (
-            weight.device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.uses_onednn = torch.backends.mkldnn.is_available() and (
+            weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
         # 256 is a hint of the number of rows; the result does not depend on it
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 256) if self.uses_onednn else weight

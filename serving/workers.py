@@ -134,7 +134,10 @@ class ShardWorker:
             if progress is not None:
                 progress(num_texts, num_tokens)
 
-        self.run(map(watchdog.taken, numbers), done, passed)
+        try:
+            self.run(map(watchdog.taken, numbers), done, passed)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def rows_and_dimension(plan: Plan, encoder: RowEncoder) -> tuple[Rows, int]:

@@ -19,6 +19,7 @@ def test_quick_run(capsys, monkeypatch, tmp_path):
     assert document == json.loads((tmp_path / "r.json").read_text())
     ours, *peers = document["rows"]
     assert ours["tokens_per_s"] == pytest.approx(document["tokens"]["total"] / ours["median_s"])
+    assert ours["share_of_linears"] > 0
     for row in peers:
         assert row["skipped"] or row["bivec_speedup"]["median"] > 0
     assert 0 < document["durable_share"] < 1
