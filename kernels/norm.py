@@ -83,9 +83,8 @@ def _norm_by_chunks(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
 
 def _norm_at_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The bits of `_norm_by_chunks`, differentiated by autograd."""
-    values = x.to(wide_dtype(x.dtype))
-    values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    return (values * weight.to(values.dtype)).to(x.dtype)
+    wide = wide_dtype(x.dtype)
+    return torch.nn.functional.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
 
 def _norm_backward_by_chunks(
