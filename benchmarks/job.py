@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         encoder = Encoder.from_pretrained(folder / "model", device=str(device))
         lengths, _ = describe_texts(str(folder / "model"), texts, encoder.max_length)
         variants: dict[str, Callable[[], None] | str] = {"bivec": lambda: bivec_job(encoder, source, folder / "out")}
+        dtypes = {"bivec": encoder.dtype}
         for name, (dtype, batch_size) in PEERS[device.type].items():
+            dtypes[f"{PEER} {name}"] = getattr(torch, dtype)
             model = load_sentence_transformer(str(folder / "model"), dtype, "sdpa", device, encoder.max_length)
             job_of_peer = functools.partial(peer_job, model, batch_size, source, folder / "peer.parquet")
             variants[f"{PEER} {name}"] = model if isinstance(model, str) else job_of_peer
@@ -125,8 +127,6 @@ def main(argv: list[str] | None = None) -> int:
             bivec_job(encoder, source, folder / "out")
         seconds = time.perf_counter() - start
     shape = SHAPES[shape_name]
-    dtypes = {"bivec": encoder.dtype}
-    dtypes |= {f"{PEER} {name}": getattr(torch, dtype) for name, (dtype, _) in PEERS[device.type].items()}
     rates = {dtype: linear_rates(shape, dtype, device)["best"] for dtype in set(dtypes.values())}
     rows = []
     for name, timing in timings.items():

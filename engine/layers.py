@@ -6,8 +6,9 @@ over `tiles`, ranges of rows, because every matrix product has one of a few fixe
 Shapes: R rows of all tiles together, E hidden size, H query heads, G key/value heads, D head dimension.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,33 +24,44 @@ from .ops import PackedLinear
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query (R, H, D), key (R, G, D) and value (R, G, D)
 
 
-class FusedLayer(Protocol):
-    """What `Runner` needs of a layer."""
+class FusedLayer(ABC):
+    """What `Runner` needs of a layer, and what every form keeps of it."""
 
-    num_bytes: int
+    num_bytes: int  # of weights that stand beside the model's own
 
-    def __init__(self, layer: DecoderLayer): ...
+    def __init__(self, layer: DecoderLayer):
+        attention = layer.self_attn
+        self.num_heads = attention.q_proj.out_features // attention.head_dim
+        self.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
+        self.input_norm = layer.input_layernorm.weight.detach()
+        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
+        self.eps = layer.input_layernorm.eps
 
     @staticmethod
+    @abstractmethod
     def angles(cos: torch.Tensor, sin: torch.Tensor) -> Any:
         """What `project` takes to rotate R rows, of float32 `(R, D / 2)` tables."""
 
     @staticmethod
+    @abstractmethod
     def new_heads(config: ModelConfig, num_rows: int, like: torch.Tensor) -> torch.Tensor:
         """Room for the heads `(R, H + 2 G, D)` of one layer after another."""
 
     @staticmethod
+    @abstractmethod
     def pass_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         """Bytes of activations a row that a pass keeps at its peak, attention's own left out."""
 
+    @abstractmethod
     def project(self, hidden: torch.Tensor, angles: Any, heads: torch.Tensor, tiles: Sequence[slice]) -> Heads:
         """From hidden states `(R, E)` to attention's inputs, in `heads` or beside it."""
 
+    @abstractmethod
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
         """The rest of the layer, in place on `hidden` `(R, E)`: output projection, residual, norm, SwiGLU, residual."""
 
 
-class CpuLayer:
+class CpuLayer(FusedLayer):
     """q, k and v in one product, SwiGLU and residuals done as products are written; a tile stays in cache.
 
     The halves of each query and key head are interleaved, which no dot product of the two sees: rotary embedding is
@@ -57,6 +69,7 @@ class CpuLayer:
     """
 
     def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
         attention, mlp = layer.self_attn, layer.mlp
         head_dim = attention.head_dim
         weights, biases = _query_key_value(attention)
@@ -68,13 +81,8 @@ class CpuLayer:
             for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
         self.num_bytes = sum(part.num_bytes for part in (self.qkv, self.output, self.gate, self.up, self.down))
-        self.input_norm = layer.input_layernorm.weight.detach()
-        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
-        self.eps = layer.input_layernorm.eps
         norms = _head_norms(attention)
         self.head_norms = norms and (_interleave(norms[0], head_dim), _interleave(norms[1], head_dim))
-        self.num_heads = attention.q_proj.out_features // head_dim
-        self.num_key_value_heads = attention.k_proj.out_features // head_dim
 
     @staticmethod
     def angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -110,10 +118,11 @@ class CpuLayer:
             hidden[rows] = self.down(gated, add=total)
 
 
-class CudaLayer:
+class CudaLayer(FusedLayer):
     """q, k and v in one product, residuals added by the products, norm, rotary and SwiGLU a Triton kernel each."""
 
     def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
         attention, mlp = layer.self_attn, layer.mlp
         weights, biases = _query_key_value(attention)
         self.qkv_weight = torch.cat(weights)
@@ -123,12 +132,7 @@ class CudaLayer:
         self.up_weight, self.up_bias = _weight_and_bias(mlp.up_proj)
         self.down_weight, self.down_bias = _weight_and_bias(mlp.down_proj)
         self.num_bytes = self.qkv_weight.nbytes  # the others are the model's own
-        self.input_norm = layer.input_layernorm.weight.detach()
-        self.mlp_norm = layer.post_attention_layernorm.weight.detach()
-        self.eps = layer.input_layernorm.eps
         self.head_norms = _head_norms(attention)
-        self.num_heads = attention.q_proj.out_features // attention.head_dim
-        self.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
 
     @staticmethod
     def angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

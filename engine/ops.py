@@ -228,7 +228,6 @@ class PackedLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.bias = bias
-        self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.numel() * weight.element_size()
         self.uses_onednn = torch.backends.mkldnn.is_available() and (
             weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -70,14 +70,15 @@ class Runner:
         windows = windows or self.config.bidirectional_windows
         if self._captured is None or not batch.num_tokens:
             return self._run(batch, windows)
-        return self._captured(batch, windows, capacity=self._num_rows(batch.num_tokens))
+        return self._captured(batch, windows, capacity=self.cover(batch.num_tokens)[-1].stop)
 
     def _run(self, batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
         return self._through(self.layers, batch, windows)
 
     def _through(self, layers: Sequence[FusedLayer], batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
-        num_tokens, num_rows = batch.num_tokens, self._num_rows(batch.num_tokens)
+        num_tokens = batch.num_tokens
         tiles = self.cover(num_tokens)
+        num_rows = tiles[-1].stop if tiles else 0
         hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
         torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[:num_tokens])
         positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
@@ -106,11 +107,6 @@ class Runner:
             tiles.append(slice(start, start + size))
             start += size
         return tiles
-
-    def _num_rows(self, num_tokens: int) -> int:
-        """Rows of the tiles that cover `num_tokens`."""
-        tiles = self.cover(num_tokens)
-        return tiles[-1].stop if tiles else 0
 
     def _agreeing_tiles(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The tile sizes, ascending, at which a layer gives bitwise the rows that it gives at the largest."""

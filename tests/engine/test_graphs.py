@@ -59,7 +59,7 @@ def test_each_batch_gets_the_bits_of_its_own_pass(runner):
     found = [runner(PackedBatch.from_sequences(sequences)) for sequences in BATCHES]
     assert all(map(torch.equal, found, expected))
     assert torch.equal(runner(PackedBatch.from_sequences(BATCHES[0]), causal), expected_causal)
-    capacities = {runner._num_rows(sum(map(len, sequences))) for sequences in BATCHES}
+    capacities = {runner.cover(sum(map(len, sequences)))[-1].stop for sequences in BATCHES}
     assert captures.captured == len(capacities) + 1
     assert captures.replayed == len(BATCHES) + 1
 
