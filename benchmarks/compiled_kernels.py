@@ -29,17 +29,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..kernels import (
-    attention,
-    attention_tiles,
-    contrastive_chunks,
-    cross_entropy_triton,
-    lora_dropout,
-    norm_triton,
-    pooling_sums,
-    rotary_triton,
-    swiglu_triton,
-)
+from ..kernels.attention import operator as attention
+from ..kernels.attention import tiles as attention_tiles
+from ..kernels.contrastive import chunks as contrastive_chunks
+from ..kernels.cross_entropy import kernel as cross_entropy
+from ..kernels.lora import dropout as lora_dropout
+from ..kernels.norm import kernels as norm
+from ..kernels.pooling import sums as pooling_sums
+from ..kernels.rotary import kernel as rotary
+from ..kernels.swiglu import kernels as swiglu
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -170,14 +168,14 @@ def compile_fusions(capability: int, size: int, dtype: torch.dtype, pass_: str) 
     logits, targets = torch.empty(256, 49152, dtype=dtype), torch.zeros(256).long()
     with collected_launches(capability) as launches:
         if pass_ == "forward":
-            norm_triton.norm_forward(x, x, weight, 1e-6)
-            rotary_triton.rotate(heads, heads, *tables, False)
-            swiglu_triton.swiglu_forward(x, x)
-            cross_entropy_triton.differentiate_rows(logits, targets, losses, 1.0, True)
+            norm.norm_forward(x, x, weight, 1e-6)
+            rotary.rotate(heads, heads, *tables, False)
+            swiglu.swiglu_forward(x, x)
+            cross_entropy.differentiate_rows(logits, targets, losses, 1.0, True)
         else:
-            norm_triton.norm_backward(x, x, x, weight, rstd, True)
-            rotary_triton.rotate(heads, heads, *tables, True)
-            swiglu_triton.swiglu_backward(x, x, x)
+            norm.norm_backward(x, x, x, weight, rstd, True)
+            rotary.rotate(heads, heads, *tables, True)
+            swiglu.swiglu_backward(x, x, x)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 

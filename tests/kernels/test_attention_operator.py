@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from bivec.kernels import attention, reference
+from bivec.kernels import reference
 from bivec.kernels.attention import varlen_attention
-from bivec.kernels.attention_transformers import register_with_transformers
+from bivec.kernels.attention.operator import attention_forward
+from bivec.kernels.attention.transformers import register_with_transformers
 
 
 def example(device, requires_grad=True):
@@ -21,7 +22,7 @@ def test_opcheck(device):
     seeds = torch.tensor([1, 2], device=device)
     chance = torch.tensor(0.5, device=device)
     for random in [(0.0, 1.0, None, None), (0.3, 1.0, chance, seeds)]:
-        torch.library.opcheck(attention._attention_forward, (*inputs, cu_seqlens, -1, 0, 0.25, *random))
+        torch.library.opcheck(attention_forward, (*inputs, cu_seqlens, -1, 0, 0.25, *random))
 
 
 def test_no_graph_break_when_compiled(device):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bivec.kernels import attention_padded, philox_numpy, reference
-from bivec.kernels.attention_padded import varlen_attention
+from bivec.kernels import philox_numpy, reference
+from bivec.kernels.attention import padded as attention_padded
+from bivec.kernels.attention.padded import varlen_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LENGTHS = [1, 0, 15, 16, 17, 33, 65, 14, 0, 16]  # some share a part, some do not

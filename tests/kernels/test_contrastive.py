@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from bivec.kernels import contrastive, contrastive_chunks, reference
+from bivec.kernels import contrastive, reference
+from bivec.kernels.contrastive import chunks as contrastive_chunks
 from bivec.kernels.contrastive import contrastive_loss, pooled_contrastive_loss
 from bivec.kernels.pooling import pool
 

@@ -9,15 +9,15 @@ import torch
 from bivec.kernels import (
     chunks,
     cross_entropy,
-    cross_entropy_triton,
     norm,
-    norm_triton,
     reference,
     rotary,
-    rotary_triton,
     swiglu,
-    swiglu_triton,
 )
+from bivec.kernels.cross_entropy import kernel as cross_entropy_kernel
+from bivec.kernels.norm import kernels as norm_kernels
+from bivec.kernels.rotary import kernel as rotary_kernel
+from bivec.kernels.swiglu import kernels as swiglu_kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-5
@@ -33,17 +33,17 @@ def place(request, device, monkeypatch) -> str:
     """The device: once with the kernels, for which a CPU must be asked, and once with each way that a CPU takes."""
     if request.param != "small":
         monkeypatch.setattr(chunks, "SMALL", -1)
-    monkeypatch.setattr(norm_triton, "MAX_PROGRAMS", 2)  # a few rows are several rounds of a program
+    monkeypatch.setattr(norm_kernels, "MAX_PROGRAMS", 2)  # a few rows are several rounds of a program
     if request.param != "kernel":
         if device == "cuda":
             pytest.skip("CUDA takes the kernels")
     elif device == "cpu":
-        monkeypatch.setattr(norm, "_norm_by_chunks", norm_triton.norm_forward)
-        monkeypatch.setattr(norm, "_norm_backward_by_chunks", norm_triton.norm_backward)
-        monkeypatch.setattr(rotary, "_rotate_by_chunks", rotary_triton.rotate)
-        monkeypatch.setattr(swiglu, "_swiglu_by_chunks", swiglu_triton.swiglu_forward)
-        monkeypatch.setattr(swiglu, "_swiglu_backward_by_chunks", swiglu_triton.swiglu_backward)
-        monkeypatch.setattr(cross_entropy, "_eager_rows", cross_entropy_triton.differentiate_rows)
+        monkeypatch.setattr(norm, "_norm_by_chunks", norm_kernels.norm_forward)
+        monkeypatch.setattr(norm, "_norm_backward_by_chunks", norm_kernels.norm_backward)
+        monkeypatch.setattr(rotary, "_rotate_by_chunks", rotary_kernel.rotate)
+        monkeypatch.setattr(swiglu, "_swiglu_by_chunks", swiglu_kernels.swiglu_forward)
+        monkeypatch.setattr(swiglu, "_swiglu_backward_by_chunks", swiglu_kernels.swiglu_backward)
+        monkeypatch.setattr(cross_entropy, "_eager_rows", cross_entropy_kernel.differentiate_rows)
     return device
 
 
@@ -304,13 +304,13 @@ def test_opcheck(device):
     hidden, head, targets, rows = language_model(40, device=device)
     faithful = ("test_schema", "test_faketensor")
     for operator, arguments in (
-        (norm_triton.norm_forward, (x, grad, weight, EPS)),
-        (norm_triton.norm_forward, (x, None, weight, EPS)),
-        (norm_triton.norm_backward, (grad, x, x, weight, rstd, True)),
-        (norm_triton.norm_backward, (grad, None, x, weight, rstd, False)),
-        (rotary_triton.rotate, (x.view(9, 3, 8), x.view(9, 3, 8), *tables, True)),
-        (swiglu_triton.swiglu_forward, (x, grad)),
-        (swiglu_triton.swiglu_backward, (grad, x, grad)),
+        (norm_kernels.norm_forward, (x, grad, weight, EPS)),
+        (norm_kernels.norm_forward, (x, None, weight, EPS)),
+        (norm_kernels.norm_backward, (grad, x, x, weight, rstd, True)),
+        (norm_kernels.norm_backward, (grad, None, x, weight, rstd, False)),
+        (rotary_kernel.rotate, (x.view(9, 3, 8), x.view(9, 3, 8), *tables, True)),
+        (swiglu_kernels.swiglu_forward, (x, grad)),
+        (swiglu_kernels.swiglu_backward, (grad, x, grad)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=faithful)
     arguments = (hidden.requires_grad_(), head.requires_grad_(), targets, rows, True, True)

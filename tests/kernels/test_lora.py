@@ -6,7 +6,7 @@ import torch
 
 from bivec.kernels import reference
 from bivec.kernels.lora import LoraLinear, lora_linear, lora_linears
-from bivec.kernels.lora_dropout import draw_keep_mask
+from bivec.kernels.lora.dropout import draw_keep_mask
 
 SHAPES = [(1, 8, 8, 1), (37, 24, 40, 4), (130, 64, 48, 16)]  # T, in, out, r
 

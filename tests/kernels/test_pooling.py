@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from bivec.kernels import pooling, pooling_cpu, reference
+from bivec.kernels import pooling, reference
 from bivec.kernels.pooling import POOLING_MODES, pool
-from bivec.kernels.pooling_sums import MODES, pool_sums
+from bivec.kernels.pooling import cpu as pooling_cpu
+from bivec.kernels.pooling.sums import MODES, pool_sums
 
 LENGTHS = [1, 5, 64, 65, 3, 130]
 STARTS = [0, 2, 10, 64, 1, 70]

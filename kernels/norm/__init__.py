@@ -4,7 +4,7 @@
     normed = total / sqrt(mean(total²) + eps) * weight
 
 `reference.py` says the same. The backward keeps the normalised input and one number a row, and computes the weight's
-gradient only where the weight trains. On CUDA a Triton kernel (`norm_triton.py`), on the CPU chunks of rows in cache: a
+gradient only where the weight trains. On CUDA a Triton kernel (`kernels.py`), on the CPU chunks of rows in cache: a
 fresh matrix for every step would cost more in page faults than its arithmetic.
 
 Source: Zhang and Sennrich, arXiv 1910.07467. `T` rows, `E` the normalised dimension.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import describe
-from .chunks import is_small, row_chunks, rows_to_a_chunk, wide_dtype
+from ..checks import describe
+from ..chunks import is_small, row_chunks, rows_to_a_chunk, wide_dtype
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (T, E), empty without a residual; the normed rows (T, E); float32 1 / rms (T, 1)."""
     if x.is_cuda:
-        from .norm_triton import norm_forward  # triton is there on Linux only
+        from .kernels import norm_forward  # triton is there on Linux only
 
         return norm_forward(x, residual, weight, eps)
     return _norm_by_chunks(x, residual, weight, eps)
@@ -54,7 +54,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum (T, E), and of the weight (E,) in float32, empty unless needed."""
     if total.is_cuda:
-        from .norm_triton import norm_backward
+        from .kernels import norm_backward
 
         return norm_backward(grad_normed, grad_total, total, weight, rstd, needs_weight)
     return _norm_backward_by_chunks(grad_normed, grad_total, total, weight, rstd, needs_weight)

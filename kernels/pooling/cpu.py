@@ -1,4 +1,4 @@
-"""Pooling on the CPU: the sums of `pooling_sums.py` by chunks that stay in the cache, in eager PyTorch.
+"""Pooling on the CPU: the sums of `sums.py` by chunks that stay in the cache, in eager PyTorch.
 
     sums[s] = sum over pooled tokens t of weight[t] * hidden[t] * rsqrt(mean(hidden[t] ** 2) + eps)
 

@@ -7,7 +7,7 @@ and backward. No gradient is computed for a frozen weight; x Aᵀ and the dropou
 `reference.py` says the same in eager PyTorch. `T` packed tokens, `r` a rank, `R` the sum of the ranks of a call.
 
 The mask is Philox 4x64-10 (Salmon et al., 2011), numpy's stream for the key `seed`: sixteen bits an element in memory
-order, little end first; `lora_dropout.py` draws the same bits on a GPU. An element is dropped when its bits are below
+order, little end first; `dropout.py` draws the same bits on a GPU. An element is dropped when its bits are below
 `round(dropout_p * 2**16)`, and what is kept is scaled by the exact reciprocal of the chance of being kept.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import describe
+from ..checks import describe
 
 LANES = 2**16  # values of an element's random bits
 CHUNK = 2**17  # elements whose random bits stay in the cache
@@ -134,7 +134,7 @@ def _low_rank(x: Tensor, dropped: Tensor, stacked: Tensor, blocks: Sequence[_Blo
 def _keep(x: Tensor, threshold: int, seed: int) -> Tensor:
     """Which elements of x stay, bool (T, in)."""
     if x.is_cuda:
-        from .lora_dropout import draw_keep_mask  # needs triton
+        from .dropout import draw_keep_mask  # needs triton
 
         return draw_keep_mask(tuple(x.shape), threshold, seed, x.device)
     keep = np.empty(x.numel(), dtype=np.bool_)

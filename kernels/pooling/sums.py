@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ragged import INTERPRETED, find_sequence, narrow
+from ..ragged import INTERPRETED, find_sequence, narrow
 
 PART = 64
 MEAN, WEIGHTED_MEAN, LAST, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import accumulate, multiply
-from .ragged import INTERPRETED, narrow
+from ..chunks import accumulate, multiply
+from ..ragged import INTERPRETED, narrow
 
 # float32 logits held at a time: each CUDA chunk adds into all M key gradients once, so few chunks; a CPU has caches
 LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}

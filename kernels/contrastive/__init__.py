@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import describe, require
-from .contrastive_chunks import column_log_sum_exp, gradient_dtype, loss_and_gradients
-from .contrastive_gather import combine_columns, gather_keys, shapes_by_rank
-from .pooling import PoolingMode, pool
+from ..checks import describe, require
+from ..pooling import PoolingMode, pool
+from .chunks import column_log_sum_exp, gradient_dtype, loss_and_gradients
+from .gather import combine_columns, gather_keys, shapes_by_rank
 
 
 @torch.library.custom_op("bivec::contrastive_loss", mutates_args=())

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
-from .attention_tiles import AttentionTiles
-from .ragged import load_rows, matmul, narrow, store_rows
+from ..ragged import load_rows, matmul, narrow, store_rows
+from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .tiles import AttentionTiles
 
 LOG2_E = 1.4426950408889634
 

@@ -1,6 +1,6 @@
 """SwiGLU, `silu(gate) * up`, that keeps gate and up alone and computes silu again in the backward.
 
-`reference.py` says the same. On CUDA a Triton kernel each way (`swiglu_triton.py`), on the CPU a few passes over chunks
+`reference.py` says the same. On CUDA a Triton kernel each way (`kernels.py`), on the CPU a few passes over chunks
 in cache, written where the result will stand.
 
 Source: Shazeer, arXiv 2002.05202.
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import describe
-from .chunks import CHUNK_ELEMENTS, is_small
+from ..checks import describe
+from ..chunks import CHUNK_ELEMENTS, is_small
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.is_cuda:
-        from .swiglu_triton import swiglu_forward  # triton is there on Linux only
+        from .kernels import swiglu_forward  # triton is there on Linux only
 
         return swiglu_forward(gate, up)
     return _swiglu_by_chunks(gate, up)
@@ -37,7 +37,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     if gate.is_cuda:
-        from .swiglu_triton import swiglu_backward
+        from .kernels import swiglu_backward
 
         return swiglu_backward(grad, gate, up)
     return _swiglu_backward_by_chunks(grad, gate, up)

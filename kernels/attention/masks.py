@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import DROPOUT_STREAM, FUTURE_STREAM, uniform_columns, uniform_rows
+from ..philox import DROPOUT_STREAM, FUTURE_STREAM, uniform_columns, uniform_rows
 
 UNBOUNDED = 1 << 30
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ragged import INTERPRETED, narrow
+from ..ragged import INTERPRETED, narrow
 
 
 @triton.jit

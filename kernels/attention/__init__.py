@@ -12,102 +12,8 @@ call can be captured in a CUDA graph, and a sequence's result depends on nothing
 import torch
 from torch import Tensor
 
-from .attention_arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
-from .attention_backward import attention_backward_long
-from .attention_forward import attention_forward_long
-from .attention_masks import AttentionMask
-from .attention_short import attention_backward_short, attention_forward_short
-from .attention_tiles import attention_tiles
-from .checks import describe
-from .ragged import INTERPRETED
-
-
-@torch.library.custom_op("bivec::varlen_attention", mutates_args=())
-def _attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    future_p: float,
-    future_p_tensor: Tensor | None,
-    seeds: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output (T, H, D) and the base-2 log-sum-exp of the scaled scores (H, T)."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    if cu_seqlens.shape[0] == 1 or out.numel() == 0:
-        return out.zero_(), lse.zero_()
-    mask = AttentionMask(window_left, window_right, dropout_p, future_p, future_p_tensor, seeds)
-    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask)
-    with torch.cuda.device_of(q):
-        attention_forward_long(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
-        attention_forward_short(q, k, v, out, lse, cu_seqlens, softmax_scale, mask, tiles)
-    return out, lse
-
-
-@_attention_forward.register_fake
-def _(q, k, v, cu_seqlens, *_):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("bivec::varlen_attention_backward", mutates_args=())
-def _attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    window_left: int,
-    window_right: int,
-    softmax_scale: float,
-    dropout_p: float,
-    future_p: float,
-    future_p_tensor: Tensor | None,
-    seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if cu_seqlens.shape[0] == 1 or out.numel() == 0:
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
-    if grad_out.stride(2) != 1:  # an expanded gradient, as from a sum
-        grad_out = grad_out.contiguous()
-    mask = AttentionMask(window_left, window_right, dropout_p, future_p, future_p_tensor, seeds)
-    tiles = attention_tiles(q.shape[2], q.dtype, q.device, mask)
-    delta = torch.empty_like(lse)
-    gradients = (grad_q, grad_k, grad_v)
-    with torch.cuda.device_of(q):
-        attention_backward_long(q, k, v, out, lse, grad_out, *gradients, delta, cu_seqlens, softmax_scale, mask, tiles)
-        attention_backward_short(q, k, v, grad_out, *gradients, cu_seqlens, softmax_scale, mask, tiles)
-    return gradients
-
-
-@_attention_backward.register_fake
-def _(grad_out, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens, *numbers, future_p_tensor, seeds = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, future_p_tensor, seeds)
-    ctx.numbers = numbers
-    ctx.mark_non_differentiable(lse)
-
-
-def _backward(ctx, grad_out, _):
-    q, k, v, out, lse, cu_seqlens, future_p_tensor, seeds = ctx.saved_tensors
-    gradients = _attention_backward(grad_out, q, k, v, out, lse, cu_seqlens, *ctx.numbers, future_p_tensor, seeds)
-    return *gradients, None, None, None, None, None, None, None, None
-
-
-_attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
+from ..checks import describe
+from .arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
 
 
 def varlen_attention(
@@ -160,12 +66,15 @@ def varlen_attention(
     random = dropout_p > 0.0 or future_p < 1.0 or future_p_tensor is not None
     check_seeds(seeds, random, cu_seqlens)
     scale = check_scale(softmax_scale, q.shape[2])
+    from ..ragged import INTERPRETED  # triton is there on Linux only
+    from .operator import attention_forward
+
     if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"q must be on a CUDA device, got {q.device}; on a CPU use bivec.kernels.reference.varlen_attention or "
             "torch's scaled_dot_product_attention or, to test the kernel, set TRITON_INTERPRET=1 before triton loads"
         )
-    out, _ = _attention_forward(
+    out, _ = attention_forward(
         q,
         k,
         v,

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import describe, require
-from .chunks import accumulate
+from ..checks import describe, require
+from ..chunks import accumulate
 
 # logits held at a time: a GPU wants few large products, a CPU has caches
 LOGITS_BYTES = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}
@@ -100,7 +100,7 @@ def _gradient_scale(dtype: torch.dtype) -> float:
 def _differentiate(logits: Tensor, targets: Tensor, losses: Tensor, scale: float, needs_gradient: bool) -> None:
     """Each row's loss into `losses`, and `scale` times its gradient over its `logits` where needed."""
     if logits.is_cuda:
-        from .cross_entropy_triton import differentiate_rows  # triton is there on Linux only
+        from .kernel import differentiate_rows  # triton is there on Linux only
 
         differentiate_rows(logits, targets, losses, scale, needs_gradient)
     else:

@@ -1,6 +1,6 @@
 """`attn_implementation="bivec"` for any transformers model: padded batches are packed, attended and spread out again.
 
-    from bivec.kernels.attention_transformers import register_with_transformers
+    from bivec.kernels.attention.transformers import register_with_transformers
     register_with_transformers()
     model = AutoModel.from_pretrained(..., attn_implementation="bivec")
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import varlen_attention
+from ..attention import varlen_attention
 
 # leaves of transformers' mask functions that `is_causal`, `sliding_window` and the padding mask say as well
 EXPRESSIBLE_MASKS = (

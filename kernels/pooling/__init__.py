@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .pooling_cpu import pool_sums_cpu
+from .cpu import pool_sums_cpu
 
 PoolingMode = Literal["mean", "weighted_mean", "last", "first"]
 POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
@@ -53,7 +53,7 @@ def pool(
         pool_starts = torch.zeros_like(cu_seqlens[1:])
     eps = None if norm_weight is None else norm_eps
     if hidden.is_cuda:
-        from .pooling_sums import MODES, pool_sums  # triton is there on Linux only
+        from .sums import MODES, pool_sums  # triton is there on Linux only
 
         vectors = pool_sums(hidden, cu_seqlens, pool_starts, MODES.index(mode), eps)
     else:

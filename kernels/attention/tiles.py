@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_masks import AttentionMask
-from .ragged import INTERPRETED
+from ..ragged import INTERPRETED
+from .masks import AttentionMask
 
 
 class Tiles(NamedTuple):

@@ -4,7 +4,7 @@
     heads = cat(first * cos - second * sin, second * cos + first * sin)
 
 `reference.py` says the same. Nothing but the tables is kept: the gradient turns by the opposite angles. On CUDA a
-Triton kernel (`rotary_triton.py`) turns queries and keys in one launch, on the CPU chunks of tokens turn in cache.
+Triton kernel (`kernel.py`) turns queries and keys in one launch, on the CPU chunks of tokens turn in cache.
 
 Source: Su et al., arXiv 2104.09864. `T` packed tokens, `H` query heads, `G` key heads, `D` head dimension.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import describe
-from .chunks import row_chunks, rows_to_a_chunk, wide_dtype
+from ..checks import describe
+from ..chunks import row_chunks, rows_to_a_chunk, wide_dtype
 
 
 class _Rotary(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     if query.is_cuda:
-        from .rotary_triton import rotate  # triton is there on Linux only
+        from .kernel import rotate  # triton is there on Linux only
 
         return rotate(query, key, cos, sin, inverse)
     return _rotate_by_chunks(query, key, cos, sin, inverse)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
-from .philox_numpy import DROPOUT_STREAM, FUTURE_STREAM, draw_at_least
+from ..philox_numpy import DROPOUT_STREAM, FUTURE_STREAM, draw_at_least
+from .arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
 
 HIDDEN = -1e30  # not -inf, so that padding rows that see nothing stay finite
 MAX_SCORES = 2**18  # of a part, unless one key/value head has more: float32 scores stay in the cache

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ragged import INTERPRETED, narrow
+from ..ragged import INTERPRETED, narrow
 
 MAX_PROGRAMS = 1024  # partial sums of the weight's gradient
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import describe
+from ..checks import describe
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
