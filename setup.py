@@ -5,18 +5,24 @@ from pathlib import Path
 from setuptools import setup
 
 # each layer stands in a top-level folder and is linked into the package, so that only `bivec` is ever installed
-LAYERS = ("kernels", "engine", "training", "serving", "evaluation", "benchmarks")
+LAYERS = ("kernels", "texts", "engine", "training", "serving", "evaluation", "benchmarks")
+ROOT = Path(__file__).parent
+PACKAGES = [
+    "bivec",
+    *(f"bivec.{layer}" for layer in LAYERS),
+    *(f"bivec.{layer}.{file.parent.name}" for layer in LAYERS for file in sorted(ROOT.glob(f"{layer}/*/__init__.py"))),
+]
 
 setup(
     name="bivec",
     version="0.1.0",
     description="Turn a pretrained Llama into a text encoder and run it as fast as the hardware allows.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["bivec", *(f"bivec.{layer}" for layer in LAYERS)],
+    packages=PACKAGES,
     package_data={"bivec": ["py.typed"], "bivec.engine": ["default_model/*", "default_model/*/*"]},
     entry_points={"console_scripts": ["bivec = bivec.cli:main"]},
     install_requires=[

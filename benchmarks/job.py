@@ -32,6 +32,7 @@ from ..engine.runner import Runner
 from ..serving import job
 from ..serving.folder import ShardOutput
 from ..serving.manifest import Manifest
+from ..serving.settings import EmbedSettings
 from .embed import PEER, choose_texts, describe_texts, load_sentence_transformer, throughput
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, linear_rates, write_checkpoint
@@ -90,7 +91,7 @@ def peer_job(model: Any, batch_size: int, source: Path, target: Path) -> None:
 
 def bivec_job(encoder: Encoder, source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    job.run(job.EmbedSettings(inputs=[str(source)], output=str(target), model="given"), lambda _: encoder)
+    job.run(EmbedSettings(inputs=[str(source)], output=str(target), model="given"), lambda _: encoder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,9 +111,10 @@ def embed(
     """
     with one_line_errors():
         from .serving import job
+        from .serving.settings import EmbedSettings
 
         summary = job.run(
-            job.EmbedSettings(
+            EmbedSettings(
                 inputs=inputs,
                 output=output,
                 model=model,

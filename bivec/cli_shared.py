@@ -53,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        from .engine.row_files import RowError
+        from .texts.rows import RowError
 
         _exit(str(error), 1 if isinstance(error, RowError) else 2)
     finally:

@@ -12,7 +12,7 @@ from torch import nn
 from .checkpoints import Checkpoint
 from .config import ModelConfig
 from .model import LlamaModel
-from .weights import checkpoint_files, encoder_name, list_problems, load_weights, read_tensors
+from .weights import list_problems, load_model, read_tensors
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -81,10 +81,8 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
 
 
 def load_merged(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> LlamaModel:
-    """A checkpoint's base in `dtype`, its adapters merged; raises as `load_weights` and `stack_adapters`."""
-    with torch.device("meta"):
-        llama = LlamaModel(config)
-    load_weights(llama, checkpoint_files(checkpoint.base), dtype, encoder_name)
+    """A checkpoint's base in `dtype`, its adapters merged; raises as `load_model` and `stack_adapters`."""
+    llama = load_model(LlamaModel, checkpoint.base, dtype, config)
     merge_adapters(llama, checkpoint.adapters)
     return llama
 

@@ -4,18 +4,45 @@ import hashlib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from .checkpoints import Checkpoint
+from .config import ModelConfig, Window
+from .model import LlamaModel
 from .ops import choose_dtype
+from .runner import Runner
+from .slabs import Slabs
 from .weights import checkpoint_files
 
-if TYPE_CHECKING:
-    from .encoder import Encoder
+
+class Described(Protocol):
+    """The part of `Encoder` that is told of."""
+
+    model: LlamaModel
+    config: ModelConfig
+    checkpoint: Checkpoint
+    runner: Runner
+    slabs: Slabs
+    windows: tuple[Window, ...]
+    pooling: str
+    backend: str
+    prompts: dict[str, str]
+    asked_dtype: str | torch.dtype
+    self_test: dict[str, str]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def max_length(self) -> int: ...
 
 
-def describe(encoder: "Encoder") -> dict[str, Any]:
+def describe(encoder: Described) -> dict[str, Any]:
     """Sections of texts, numbers and lists; sizes are computed from shapes, the self-test's lines are its results."""
     config, runner, checkpoint = encoder.config, encoder.runner, encoder.checkpoint
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
@@ -63,7 +90,7 @@ def describe(encoder: "Encoder") -> dict[str, Any]:
 _LIBRARIES = ("torch", "triton", "tokenizers", "transformers", "flash-attn")
 
 
-def identity(encoder: "Encoder") -> dict[str, Any]:
+def identity(encoder: Described) -> dict[str, Any]:
     """All that a vector's bits depend on but its text and the arguments of `encode`, as JSON has it.
 
     Files count by SHA-256, not by name: a model that has moved is the same one.

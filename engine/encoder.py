@@ -23,7 +23,7 @@ from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
 from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
-from .weights import checkpoint_files, language_model_name, load_weights
+from .weights import load_model
 
 Precision = Literal["float32", "float16", "int8"]
 PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
@@ -319,9 +319,7 @@ class Encoder:
 
         With `adapters` the encoder's own are merged into it: what generation is like after training.
         """
-        with torch.device("meta"):
-            model = LanguageModel(self.config)
-        load_weights(model, checkpoint_files(self.checkpoint.base), self.dtype, language_model_name)
+        model = load_model(LanguageModel, self.checkpoint.base, self.dtype, self.config)
         if adapters:
             merge_adapters(model.model, self.checkpoint.adapters)
         return model.to(self.device).eval()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from ..kernels.attention_padded import varlen_attention as padded_attention
+from ..kernels.attention.padded import varlen_attention as padded_attention
 from .config import Window
 from .packing import PackedBatch
 
@@ -21,7 +21,7 @@ def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, hea
     """The attention backend for `attention` on a device: "auto", or one of `ATTENTION_BACKENDS`.
 
     `triton` is bivec's own kernel, `flash` the flash-attn package's, `sdpa` torch's over groups of equal length, or
-    `kernels/attention_padded.py` for training on the CPU and for random masks.
+    `kernels/attention/padded.py` for training on the CPU and for random masks.
 
     Raises:
         ValueError: an explicit request that cannot be met; only "auto" chooses.

@@ -6,12 +6,17 @@ Pickle checkpoints are refused. Tensors whose dtype is already the wanted one st
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .config import ModelConfig, load_config
+from .model import LanguageModel, LlamaModel
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+Model = TypeVar("Model", bound=LlamaModel | LanguageModel)
 _LISTED = 10  # names that an error lists
 
 
@@ -56,6 +61,21 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, torch.Tenso
                     yield path, name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, config: ModelConfig | None = None) -> Model:
+    """A `LlamaModel` or `LanguageModel` with the weights of a base checkpoint's folder, on the CPU.
+
+    Args:
+        dtype: of the weights.
+        config: default the folder's.
+    Raises:
+        ValueError, FileNotFoundError: as `load_config`, `checkpoint_files` and `load_weights`.
+    """
+    with torch.device("meta"):
+        model = kind(config or load_config(folder))
+    load_weights(model, checkpoint_files(folder), dtype, encoder_name if kind is LlamaModel else language_model_name)
+    return model
 
 
 def load_weights(

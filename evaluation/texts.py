@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from ..engine.input_files import find_files
-from ..engine.row_files import BadRow, Column, RowError, read_file
+from ..texts.files import find_files
+from ..texts.rows import BadRow, Column, RowError, read_file
 
 PATTERNS = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
 

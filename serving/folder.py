@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from ..engine.row_files import BadRow, InputFile
+from ..engine.outputs import naming, open_locked, sync_folder
+from ..texts.rows import BadRow, InputFile
 from . import manifest
 from .manifest import MANIFEST, SHARDS, Record
-from .writers import EmbeddingFile, errors_path, naming, open_locked, sync_folder
+from .writers import EmbeddingFile, errors_path
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
 

@@ -11,50 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from tqdm import tqdm
 
-from ..engine.input_files import find_files
-from ..engine.row_files import BadRow, InputFile
+from ..texts.files import find_files
+from ..texts.rows import BadRow, InputFile
 from . import manifest
 from .folder import OutputFolder
 from .manifest import Manifest
 from .readers import ROWS_PER_SHARD, Shard, check_rows, fingerprint
+from .settings import EmbedSettings
 from .shards import Done, FileShards, RowEncoder, embed_shards, stamp
 from .workers import Load, Plan, in_processes, in_this_process, provenance_of, rows_and_dimension, visible_gpus
 from .writers import OutputFile
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedSettings:
-    """What to embed, with which model and how; the fields are the options of `bivec embed`.
-
-    `instruction=None` takes the model's own default prompt where it has one, as `Encoder.encode` does.
-    """
-
-    inputs: Sequence[str]
-    output: str
-    model: str
-    adapters: Sequence[str] = ()
-    text_column: str = "text"
-    id_column: str | None = None
-    instruction: str | None = None
-    pooling: str | None = None
-    max_length: int = 512
-    normalize: bool = False
-    truncate_dim: int | None = None
-    precision: Literal["float32", "float16", "int8"] = "float32"
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "auto"
-    workers: int | None = None
-    shard: str | None = None
-    ray: str | None = None
-    limit: int | None = None
-    on_error: Literal["fail", "skip"] = "fail"
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass

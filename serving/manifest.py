@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.row_files import BadRow, Start
+from ..engine.outputs import AtomicFile, naming
+from ..texts.rows import BadRow, Start
 from .readers import Shard
-from .writers import AtomicFile, error_lines, errors_path, naming
+from .writers import error_lines, errors_path
 
 _FORMAT = 1
 MANIFEST = "_manifest.json"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.row_files import BadRow, Column, InputFile, RowError, Start, line_offsets, read_file
+from ..texts.rows import BadRow, Column, InputFile, RowError, Start, line_offsets, read_file
 
 # a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
 ROWS_PER_SHARD = 2**14

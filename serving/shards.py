@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from ..engine.overlap import Behind, ahead
-from ..engine.row_files import BadRow, InputFile, RowError
+from ..texts.rows import BadRow, InputFile, RowError
 from .readers import Row, Shard, read_rows
 
 # texts are packed by length within a window, so it is large; long texts end it earlier, so that memory stays flat

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .. import __version__
-from ..engine.input_files import InputFile
+from ..texts.rows import InputFile
 from .folder import ShardOutput
 from .manifest import Manifest
 from .readers import Shard
+from .settings import EmbedSettings
 from .shards import Done, Progress, RowEncoder, Rows, embed_shards
-
-if TYPE_CHECKING:
-    from .job import EmbedSettings
 
 # the next shard is read and tokenised while one is computed
 _OUTSTANDING = 2
@@ -35,14 +33,14 @@ _GRACE_SECONDS = 20.0
 _SILENCE_SECONDS = 1800.0
 _REPORT_SECONDS = 0.5
 
-Load = Callable[["EmbedSettings"], RowEncoder]
+Load = Callable[[EmbedSettings], RowEncoder]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All that a worker is told; it can be pickled."""
 
-    settings: "EmbedSettings"
+    settings: EmbedSettings
     load: Load
     files: Sequence[InputFile]
     stamps: Sequence[tuple[int, int] | None]

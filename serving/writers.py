@@ -8,99 +8,17 @@ is written, so what a killed run left is taken over by the next one, and a secon
     OUT.parquet.errors.jsonl    beside it: the bad rows as {"file", "line", "reason"}; absent when there are none
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
-from ..engine.row_files import BadRow, InputFile
-
-
-class AtomicFile:
-    """`handle` is a temporary file that `publish` renames to its final name; until then `abort` leaves no trace.
-
-    Args:
-        wait: until another run no longer holds the temporary file, instead of refusing.
-    """
-
-    def __init__(self, temporary: Path, *, wait: bool = False):
-        self.temporary = temporary
-        self.handle: BinaryIO = open_locked(temporary, wait=wait)
-
-    def finish(self) -> None:
-        self.handle.flush()
-        os.fsync(self.handle.fileno())
-
-    def publish(self, final: Path) -> None:
-        os.replace(self.temporary, final)
-        sync_folder(final.parent)
-        self.handle.close()
-
-    def is_pending(self) -> bool:
-        """Whether it is neither published nor aborted, also in the middle of an interrupted `publish`."""
-        try:
-            return not self.handle.closed and _same_file(self.handle, self.temporary)
-        except FileNotFoundError:
-            return False
-
-    def abort(self) -> None:
-        if self.is_pending():
-            self.temporary.unlink()
-        with suppress(OSError):  # what is still buffered may not fit on the disk
-            self.handle.close()
-
-
-def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> BinaryIO:
-    """`path`, locked; emptied unless the lock is `shared`, which others may then have too.
-
-    Raises:
-        FileExistsError: another process has the lock, and `wait` is false.
-    """
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    while True:
-        handle = open(path, "ab")  # noqa: SIM115 (kept open by the caller); not truncated before the lock is ours
-        try:
-            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-            if _same_file(handle, path):
-                if not shared:
-                    handle.truncate(0)
-                return handle
-        except BlockingIOError:
-            handle.close()
-            raise FileExistsError(f"{path}: another run is writing this output") from None
-        except FileNotFoundError:
-            pass  # the run that had the lock has just published the file: take the free name
-        handle.close()
-
-
-def _same_file(handle: BinaryIO, path: Path) -> bool:
-    return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` (renames, removals) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk's error does not say where: name the output."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+from ..engine.outputs import AtomicFile, naming
+from ..texts.rows import BadRow, InputFile
 
 
 class EmbeddingFile:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "engine", "training", "serving", "evaluation", "benchmarks")
+LAYERS = ("kernels", "texts", "engine", "training", "serving", "evaluation", "benchmarks")
 
 # which of our modules are imported, and from where, once everything is
 LOADED = f"""
 import json, sys
 import bivec, bivec.cli, bivec.engine.encoder, bivec.serving.job, bivec.training.data, bivec.kernels.pooling
-import bivec.evaluation.tasks
+import bivec.evaluation.tasks, bivec.kernels.attention.operator
 files = {{name: getattr(module, "__file__", None) for name, module in sys.modules.items()}}
 print(json.dumps({{name: file for name, file in files.items() if file and name.split(".")[0] in {("bivec", *LAYERS)}}}))
 """
@@ -64,7 +64,7 @@ def test_wheel_installs_only_bivec(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"bivec"}
     for layer in LAYERS:
-        sources = {f"bivec/{layer}/{file.name}" for file in (ROOT / layer).glob("*.py")}
+        sources = {f"bivec/{file.relative_to(ROOT)}" for file in (ROOT / layer).rglob("*.py")}
         assert sources <= set(names)
         assert sources
     model = ROOT / "engine" / "default_model"

@@ -10,7 +10,7 @@ import torch
 
 from ..engine.tokens import Tokenized
 from ..kernels.contrastive import contrastive_loss
-from ..kernels.contrastive_gather import gather_keys
+from ..kernels.contrastive.gather import gather_keys
 from ..kernels.pooling import pool
 from .batches import Order
 from .data import PairData, TextData

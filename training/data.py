@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..engine.input_files import find_files
-from ..engine.row_files import BadRow, Column, FileRow, InputFile, RowError, column_names, read_file, text_fault
 from ..engine.tokens import Rejected, TextTokenizer, Tokenized, as_prompt
+from ..texts.files import find_files
+from ..texts.rows import BadRow, Column, FileRow, InputFile, RowError, column_names, read_file, text_fault
 
 _TOKENIZED_TOGETHER = 8192  # texts
 _NEVER_CUT = 2**31 - 1

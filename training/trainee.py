@@ -21,7 +21,7 @@ from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
 from ..engine.tokens import TextTokenizer, copy_tokenizer, load_tokenizer
-from ..engine.weights import checkpoint_files, encoder_name, language_model_name, load_weights
+from ..engine.weights import load_model
 from .settings import PretrainSettings, TrainingSettings
 
 ADAPTER = "default"  # PEFT's name of the adapter in training
@@ -123,16 +123,13 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
     backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)
     tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), settings.max_length)
     has_head = settings.full_finetuning or settings.predicts_tokens
-    kind = LanguageModel if has_head else LlamaModel
+    kind: type[LanguageModel | LlamaModel] = LanguageModel if has_head else LlamaModel
     if isinstance(settings, PretrainSettings) and settings.random_weights:
         network = kind(config)
         _randomize(network, checkpoint.base, settings.seed)
     else:
-        with torch.device("meta"):
-            network = kind(config)
-        rename = language_model_name if has_head else encoder_name
         weights_dtype = torch.float32 if settings.full_finetuning else dtype
-        load_weights(network, checkpoint_files(checkpoint.base), weights_dtype, rename)
+        network = load_model(kind, checkpoint.base, weights_dtype, config)
     network.requires_grad_(False)
     inner = network.model if isinstance(network, LanguageModel) else network
     earlier, adapter = checkpoint.adapters, None

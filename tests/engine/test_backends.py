@@ -14,7 +14,7 @@ from bivec.engine.model import LlamaModel
 from bivec.engine.ops import choose_backend
 from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import TILES, Runner
-from bivec.engine.weights import checkpoint_files, encoder_name, load_weights
+from bivec.engine.weights import load_model
 from bivec.kernels import reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -89,10 +89,7 @@ def flash_attn(monkeypatch):
 
 
 def load(folder, device="cpu", dtype=torch.float32):
-    with torch.device("meta"):
-        model = LlamaModel(load_config(folder))
-    load_weights(model, checkpoint_files(folder), dtype, encoder_name)
-    return model.to(device).eval()
+    return load_model(LlamaModel, folder, dtype).to(device).eval()
 
 
 @torch.inference_mode()

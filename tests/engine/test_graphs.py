@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from bivec.engine import graphs
-from bivec.engine.config import load_config
 from bivec.engine.graphs import CapturedPasses
 from bivec.engine.layers import LAYERS, CudaLayer
 from bivec.engine.model import LlamaModel
 from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import Runner
-from bivec.engine.weights import checkpoint_files, encoder_name, load_weights
+from bivec.engine.weights import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
 BATCHES = [
@@ -44,10 +43,7 @@ class Captures:
 def runner(tiny_llama_folder, monkeypatch):
     monkeypatch.setitem(LAYERS, "cpu", CudaLayer)
     monkeypatch.setattr(graphs, "SLAB_SEQUENCES", 6)  # each takes the interpreter time
-    with torch.device("meta"):
-        model = LlamaModel(load_config(tiny_llama_folder))
-    load_weights(model, checkpoint_files(tiny_llama_folder), torch.float32, encoder_name)
-    return Runner(model.eval(), "triton")
+    return Runner(load_model(LlamaModel, tiny_llama_folder, torch.float32).eval(), "triton")
 
 
 def test_each_batch_gets_the_bits_of_its_own_pass(runner):

@@ -9,23 +9,15 @@ import transformers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
-from bivec.engine.config import load_config
 from bivec.engine.encoder import Encoder
 from bivec.engine.lora import FusedLoraLinear, fuse_lora_layers
 from bivec.engine.model import LlamaModel
 from bivec.engine.packing import PackedBatch
-from bivec.engine.weights import checkpoint_files, encoder_name, load_weights
+from bivec.engine.weights import load_model
 from bivec.kernels import lora as kernel
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXTS = [[5, 9, 70, 33, 12], [8], [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31]]
-
-
-def load_model(folder, dtype=torch.float32) -> LlamaModel:
-    with torch.device("meta"):
-        model = LlamaModel(load_config(folder))
-    load_weights(model, checkpoint_files(folder), dtype, encoder_name)
-    return model
 
 
 def add_adapter(model, name="default", seed=0, **changes) -> None:
@@ -37,7 +29,7 @@ def add_adapter(model, name="default", seed=0, **changes) -> None:
 
 def pair(folder, **changes) -> tuple[LlamaModel, LlamaModel]:
     """The same model with PEFT's layers and with fused ones, both in training mode."""
-    model = load_model(folder)
+    model = load_model(LlamaModel, folder, torch.float32)
     add_adapter(model, **changes)
     fused = copy.deepcopy(model)
     fuse_lora_layers(fused)
@@ -85,7 +77,7 @@ def test_outputs_and_gradients_equal_pefts(checkpoint_folders, calls, name, targ
 
 
 def test_frozen_adapters_beneath_a_fresh_one(checkpoint_folders, calls):
-    model = load_model(checkpoint_folders["llama"])
+    model = load_model(LlamaModel, checkpoint_folders["llama"], torch.float32)
     add_adapter(model, "first", seed=1, r=6, target_modules=["q_proj", "down_proj"])
     add_adapter(model, "second", seed=2)
     for module in model.modules():
@@ -128,7 +120,7 @@ def test_disabled_and_merged_adapters(checkpoint_folders, calls):
     _, fused = pair(checkpoint_folders["llama"])
     batch = PackedBatch.from_sequences(TEXTS)
     with torch.no_grad():
-        base = load_model(checkpoint_folders["llama"])(batch)
+        base = load_model(LlamaModel, checkpoint_folders["llama"], torch.float32)(batch)
         adapted = fused(batch)
         calls.clear()
         for module in fused.modules():
@@ -196,4 +188,4 @@ def test_fusing_twice_changes_nothing_and_a_model_without_adapters_is_refused(ch
     model, fused = pair(checkpoint_folders["llama"])
     assert fuse_lora_layers(fused) == fuse_lora_layers(model) == 21
     with pytest.raises(ValueError, match="model must have LoRA linears of PEFT, LlamaModel has none"):
-        fuse_lora_layers(load_model(checkpoint_folders["llama"]))
+        fuse_lora_layers(load_model(LlamaModel, checkpoint_folders["llama"], torch.float32))

@@ -15,7 +15,7 @@ from bivec.engine.encoder import Encoder
 from bivec.engine.model import LanguageModel, LlamaModel
 from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import Runner
-from bivec.engine.weights import checkpoint_files, encoder_name, language_model_name, load_weights
+from bivec.engine.weights import load_model
 
 TOLERANCE = 1e-4
 LENGTHS = (41, 1, 60, 17, 60, 33)  # longer than every sliding window and than the original context of 32
@@ -28,11 +28,7 @@ def sequences(vocab_size: int) -> list[list[int]]:
 
 
 def load_ours(folder, dtype=torch.float32, **changes) -> LlamaModel:
-    config = dataclasses.replace(load_config(folder), **changes)
-    with torch.device("meta"):
-        model = LlamaModel(config)
-    load_weights(model, checkpoint_files(folder), dtype, encoder_name)
-    return model.eval()
+    return load_model(LlamaModel, folder, dtype, dataclasses.replace(load_config(folder), **changes)).eval()
 
 
 @torch.inference_mode()
@@ -71,12 +67,9 @@ def test_bfloat16_is_no_further_than_transformers_bfloat16(checkpoint_folders, n
 @pytest.mark.parametrize("name", NAMES)
 def test_causal_logits_equal_transformers(checkpoint_folders, name):
     folder = checkpoint_folders[name]
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    load_weights(model, checkpoint_files(folder), torch.float32, language_model_name)
+    model = load_model(LanguageModel, folder, torch.float32)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts = sequences(config.vocab_size)
+    texts = sequences(model.config.vocab_size)
     with torch.inference_mode():
         expected = torch.cat([reference(torch.tensor([ids])).logits[0] for ids in texts])
         logits = model(PackedBatch.from_sequences(texts))

@@ -5,23 +5,19 @@ import peft
 import pytest
 import torch
 
-from bivec.engine.config import load_config
 from bivec.engine.lora import fuse_lora_layers
 from bivec.engine.model import LlamaModel
 from bivec.engine.ops import attention
 from bivec.engine.packing import PackedBatch
-from bivec.engine.weights import checkpoint_files, encoder_name, load_weights
+from bivec.engine.weights import load_model
 
 TEXTS = [list(range(5, 40)), [7], list(range(60, 72)), list(range(90, 102))]
 SEEDS = torch.tensor([2**62 + 11, -5, 2**40 + 1, -(2**63)])
 RANDOM = {"dropout_p": 0.3, "future_p": 0.5}
 
 
-def load_model(folder) -> LlamaModel:
-    with torch.device("meta"):
-        model = LlamaModel(load_config(folder))
-    load_weights(model, checkpoint_files(folder), torch.float32, encoder_name)
-    return model.requires_grad_(True)
+def load(folder) -> LlamaModel:
+    return load_model(LlamaModel, folder, torch.float32).requires_grad_(True)
 
 
 def add_lora(model, dropout) -> LlamaModel:
@@ -44,7 +40,7 @@ def states_and_gradients(model, batch, **options) -> dict[str, torch.Tensor]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the CUDA device, not interpreted")
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_the_interpreted_kernel_draws_the_masks_of_sdpa(checkpoint_folders, name):
-    model, batch = load_model(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
+    model, batch = load(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
     triton = states_and_gradients(model, batch, backend="triton", seeds=SEEDS, **RANDOM)
     sdpa = states_and_gradients(model, batch, backend="sdpa", seeds=SEEDS, **RANDOM)
     for key, tensor in sdpa.items():
@@ -55,7 +51,7 @@ def test_the_interpreted_kernel_draws_the_masks_of_sdpa(checkpoint_folders, name
 
 @pytest.mark.parametrize("random", [{"dropout_p": 0.3}, {"future_p": 0.5}], ids=str)
 def test_a_seed_alone_decides_on_a_texts_masks(tiny_llama_folder, random):
-    model = load_model(tiny_llama_folder)
+    model = load(tiny_llama_folder)
     batch = PackedBatch.from_sequences([TEXTS[0], TEXTS[2], TEXTS[0], TEXTS[0]])
     first, _, second, third = model(batch, seeds=torch.tensor([3, 4, 5, 3]), **random).split(batch.seqlens)
     alone = model(PackedBatch.from_sequences([TEXTS[0]]), seeds=torch.tensor([3]), **random)
@@ -66,7 +62,7 @@ def test_a_seed_alone_decides_on_a_texts_masks(tiny_llama_folder, random):
 
 def test_layers_have_masks_of_their_own(make_checkpoint, tmp_path):
     """With zero queries and keys every visible token counts alike, so a layer's output shows its mask."""
-    model = load_model(make_checkpoint(tmp_path, num_hidden_layers=2))
+    model = load(make_checkpoint(tmp_path, num_hidden_layers=2))
     for layer in model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
     seen = []
@@ -83,13 +79,13 @@ def test_layers_have_masks_of_their_own(make_checkpoint, tmp_path):
 
 
 def test_no_chance_is_bitwise_no_mask(tiny_llama_folder):
-    model, batch = load_model(tiny_llama_folder), PackedBatch.from_sequences(TEXTS)
+    model, batch = load(tiny_llama_folder), PackedBatch.from_sequences(TEXTS)
     assert torch.equal(model(batch, seeds=SEEDS), model(batch))
 
 
 @pytest.mark.parametrize("random", [{}, {"seeds": SEEDS} | RANDOM], ids=["plain", "random"])
 def test_recomputed_activations_give_bitwise_the_same_gradients(tiny_llama_folder, random):
-    model, batch = add_lora(load_model(tiny_llama_folder), dropout=0.2), PackedBatch.from_sequences(TEXTS)
+    model, batch = add_lora(load(tiny_llama_folder), dropout=0.2), PackedBatch.from_sequences(TEXTS)
     results = []
     for checkpoint_activations in (False, True):
         torch.manual_seed(4)
@@ -104,7 +100,7 @@ def test_recomputed_activations_give_bitwise_the_same_gradients(tiny_llama_folde
 
 
 def test_recomputing_keeps_only_the_layers_inputs(tiny_llama_folder):
-    model, batch = load_model(tiny_llama_folder), PackedBatch.from_sequences(TEXTS)
+    model, batch = load(tiny_llama_folder), PackedBatch.from_sequences(TEXTS)
     kept = []
     for checkpoint_activations in (False, True):
         sizes = {}
@@ -146,7 +142,7 @@ def test_random_masks_need_seeds(backend):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_training_and_inference_agree(checkpoint_folders, name, random):
     """Without random masks the one runs the padded attention and the other SDPA over equal lengths."""
-    model, batch = load_model(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
+    model, batch = load(checkpoint_folders[name]), PackedBatch.from_sequences(TEXTS)
     with torch.no_grad():
         expected = model(batch, **random)
     torch.testing.assert_close(model(batch, **random).detach(), expected, rtol=1e-4, atol=1e-4)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivec.engine.row_files import RowError
 from bivec.serving import shards
-from bivec.serving.job import EmbedSettings, run
+from bivec.serving.job import run
+from bivec.serving.settings import EmbedSettings
+from bivec.texts.rows import RowError
 
 
 @pytest.fixture

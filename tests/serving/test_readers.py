@@ -2,10 +2,10 @@
 
 import pytest
 
-from bivec.engine.input_files import find_files
-from bivec.engine.row_files import BadRow, RowError
 from bivec.serving import readers
 from bivec.serving.readers import Row, check_rows, read_rows
+from bivec.texts.files import find_files
+from bivec.texts.rows import BadRow, RowError
 
 
 def read(*paths, **columns) -> list[Row | BadRow]:

@@ -17,9 +17,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bivec.engine.row_files import RowError
+from bivec.engine import outputs
 from bivec.serving import folder, job, manifest, shards, writers
-from bivec.serving.job import EmbedSettings, run
+from bivec.serving.job import run
+from bivec.serving.settings import EmbedSettings
+from bivec.texts.rows import RowError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
@@ -105,8 +107,8 @@ def touch_counted(monkeypatch, at_call) -> None:
     def open_locked(path, **options):
         return Handle(original(path, **options))
 
-    original = writers.open_locked
-    monkeypatch.setattr(writers, "open_locked", open_locked)
+    original = outputs.open_locked
+    monkeypatch.setattr(outputs, "open_locked", open_locked)
     for name in ("fsync", "replace", "unlink"):
         monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
 

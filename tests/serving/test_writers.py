@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bivec.engine.input_files import find_files
-from bivec.engine.row_files import BadRow
-from bivec.serving import writers
+from bivec.engine import outputs
 from bivec.serving.writers import OutputFile
+from bivec.texts.files import find_files
+from bivec.texts.rows import BadRow
 
 
 def rows(start: int, stop: int, precision: str = "float32", dimension: int = 3):
@@ -148,7 +148,7 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path):
 
 def test_a_name_published_while_it_is_being_locked_is_not_truncated(tmp_path, monkeypatch):
     """The window between opening the temporary file and locking it: the run that held it publishes it just then."""
-    path, real_flock, calls = tmp_path / "out.parquet", writers.fcntl.flock, []
+    path, real_flock, calls = tmp_path / "out.parquet", outputs.fcntl.flock, []
     temporary = tmp_path / ".out.parquet.partial"
     temporary.write_bytes(b"complete")
 
@@ -158,8 +158,8 @@ def test_a_name_published_while_it_is_being_locked_is_not_truncated(tmp_path, mo
         calls.append(flags)
         real_flock(handle, flags)
 
-    monkeypatch.setattr(writers.fcntl, "flock", flock)
-    handle = writers.open_locked(temporary)
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    handle = outputs.open_locked(temporary)
     handle.write(b"mine")
     handle.close()
     assert (path.read_bytes(), temporary.read_bytes(), len(calls)) == (b"complete", b"mine", 2)
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing(tmp_path, monkeypatch):
             budget[0] -= 1
             return super().write(data)
 
-    monkeypatch.setattr(writers, "open_locked", lambda path, **_: FullDisk(path, "wb"))
+    monkeypatch.setattr(outputs, "open_locked", lambda path, **_: FullDisk(path, "wb"))
     for num_writes in range(1000):
         budget[0] = num_writes
         caught = None

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivec.engine.row_files import RowError
 from bivec.engine.tokens import TextTokenizer, Tokenized
+from bivec.texts.rows import RowError
 from bivec.training import data as training_data
 from bivec.training.data import PairData, PairRow, TextData, text_groups
 

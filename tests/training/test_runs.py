@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bivec import Encoder
 from bivec.engine.model import LanguageModel
 from bivec.engine.packing import PackedBatch
-from bivec.engine.weights import checkpoint_files, language_model_name, load_weights
+from bivec.engine.weights import load_model
 from bivec.training import train
 
 TEXTS = ["the quick brown fox", "many sequences side by side, every token sees every other", "a"]
@@ -76,9 +76,7 @@ def test_a_run_loads_from_wherever_it_was_moved(make_settings, chain, tmp_path):
 def test_no_stage_touches_the_language_model(make_settings, chain, tiny_llama_folder):
     encoder = Encoder.from_pretrained(chain(make_settings) / "supervised", dtype="float32", device="cpu")
     batch = PackedBatch.from_sequences([encoder.tokenizer(text)["input_ids"] for text in TEXTS])
-    with torch.device("meta"):
-        untouched = LanguageModel(encoder.config)
-    load_weights(untouched, checkpoint_files(tiny_llama_folder), torch.float32, language_model_name)
+    untouched = load_model(LanguageModel, tiny_llama_folder, torch.float32)
     with torch.no_grad():
         logits = encoder.language_model()(batch)
         assert torch.equal(logits, untouched(batch))

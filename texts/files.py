@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .row_files import FORMATS, InputFile
+from .rows import FORMATS, InputFile
 
 
 def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:

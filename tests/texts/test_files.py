@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bivec.engine.input_files import find_files
+from bivec.texts.files import find_files
 
 
 def test_folders_and_patterns_are_sorted_and_name_their_files_from_there(tmp_path):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bivec.engine import row_files
-from bivec.engine.input_files import find_files
-from bivec.engine.row_files import BadRow, Column, FileRow, Start, column_names, line_offsets, read_file
+from bivec.texts import rows as row_files
+from bivec.texts.files import find_files
+from bivec.texts.rows import BadRow, Column, FileRow, Start, column_names, line_offsets, read_file
 
 TEXT, ID = Column("text"), Column("id", "id", "id")
 

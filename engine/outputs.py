@@ -1,0 +1,135 @@
+"""What may be written, and where: one rule for every command.
+
+Nothing is overwritten that the command did not write itself, and nothing that is an input. An output is locked while it
+is written, so two runs never share one. A file appears under its name whole or not at all.
+"""
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises ValueError where an input (a file or a folder) is the output, holds it, or lies in it."""
+    target = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if source == target or target in source.parents:
+            raise ValueError(f"{output}: the output would overwrite the input {path}")
+        if source in target.parents:
+            raise ValueError(f"{output}: the output lies within the input {path}; choose a place outside")
+
+
+def refuse_foreign_files(folder: Path, own_names: re.Pattern[str]) -> None:
+    """Raises FileExistsError naming a file below `folder` that the command did not write.
+
+    Args:
+        own_names: matches the whole path, below `folder` and with slashes, of each file that the command may write. A
+            symbolic link is never one, and folders count by the files in them.
+    """
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in sorted([*names, *links]):
+            path = Path(parent, name)
+            if path.is_symlink() or not own_names.fullmatch(path.relative_to(folder).as_posix()):
+                raise FileExistsError(f"{folder}: not written to: it holds what bivec did not write, as {str(path)!r}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+class AtomicFile:
+    """`handle` is a temporary file that `publish` renames to its final name; until then `abort` leaves no trace.
+
+    Args:
+        wait: until another run no longer holds the temporary file, instead of refusing.
+    """
+
+    def __init__(self, temporary: Path, *, wait: bool = False):
+        self.temporary = temporary
+        self.handle: BinaryIO = open_locked(temporary, wait=wait)
+
+    def finish(self) -> None:
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+
+    def publish(self, final: Path) -> None:
+        os.replace(self.temporary, final)
+        sync_folder(final.parent)
+        self.handle.close()
+
+    def is_pending(self) -> bool:
+        """Whether it is neither published nor aborted, also in the middle of an interrupted `publish`."""
+        try:
+            return not self.handle.closed and _same_file(self.handle, self.temporary)
+        except FileNotFoundError:
+            return False
+
+    def abort(self) -> None:
+        if self.is_pending():
+            self.temporary.unlink()
+        with suppress(OSError):  # what is still buffered may not fit on the disk
+            self.handle.close()
+
+
+def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> BinaryIO:
+    """`path`, locked; emptied unless the lock is `shared`, which others may then have too.
+
+    Raises:
+        FileExistsError: another process has the lock, and `wait` is false.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        handle = _open_appending(path)  # not truncated before the lock is ours
+        try:
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+            if _same_file(handle, path):
+                if not shared:
+                    handle.truncate(0)
+                return handle
+        except BlockingIOError:
+            handle.close()
+            raise FileExistsError(f"{path}: another run is writing this output") from None
+        except FileNotFoundError:
+            pass  # the run that had the lock has just published the file: take the free name
+        handle.close()
+
+
+def _open_appending(path: Path) -> BinaryIO:
+    """`path`, made if need be; a link is not followed to what it names."""
+    try:
+        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "ab")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileExistsError(f"{path} is a symbolic link, which is not written through") from None
+        raise
+
+
+def _same_file(handle: BinaryIO, path: Path) -> bool:
+    return os.path.samestat(os.fstat(handle.fileno()), os.lstat(path))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` (renames, removals) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk's error does not say where: name the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error

@@ -1,0 +1,1 @@
+"""Files of texts to rows and columns, with the place of every failure; nothing about models."""
