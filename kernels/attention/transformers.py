@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import varlen_attention
+from . import varlen_attention
 
-# leaves of transformers' mask functions that `is_causal`, `sliding_window` and the padding mask say as well
-EXPRESSIBLE_MASKS = (
+# leaves of transformers' mask functions that are windows; any other is evaluated, which waits for the device
+KNOWN_WINDOWS = (
     "causal_mask_function",
     "bidirectional_mask_function",
     "sliding_window_overlay.<locals>.inner_mask",
@@ -37,27 +37,40 @@ def padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
     *_,
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
     **__,
 ) -> Tensor | None:
     """The (B, L) padding mask as it came: window and direction reach the attention function by themselves.
 
     Raises ValueError for masks that a window and padding cannot say, such as blocks or several sequences to a row.
     """
-    for leaf in _leaves(mask_function):
-        if leaf.__qualname__ not in EXPRESSIBLE_MASKS:
+    if mask_function is not None and any(leaf.__qualname__ not in KNOWN_WINDOWS for leaf in _leaves(mask_function)):
+        queries = torch.arange(q_offset, q_offset + q_length, device=device)
+        keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)
+        if not _is_window(mask_function, batch_size, queries, keys):
             raise ValueError(
                 "attention_mask must be padding with a causal, bidirectional or sliding window for "
-                f'attn_implementation="bivec", got a mask built from {leaf.__qualname__}'
+                f'attn_implementation="bivec", got a mask built from {mask_function.__qualname__}'
             )
     return None if attention_mask is None else attention_mask[:, -kv_length:]
 
 
-def _leaves(mask_function: Callable | None) -> Iterator[Callable]:
-    if mask_function is None:
-        return
+def _is_window(mask_function: Callable, batch_size: int, queries: Tensor, keys: Tensor) -> bool:
+    """Whether every row of the batch sees the keys within two bounds of each query, whatever the function is called."""
+    rows = torch.arange(batch_size, device=queries.device)[:, None, None, None]
+    visible = mask_function(rows, torch.zeros_like(rows[:1]), queries[:, None], keys)
+    distance = (keys - queries[:, None]).expand(batch_size, 1, -1, -1)  # (B, 1, Q, K)
+    visible = visible.expand_as(distance)
+    seen = distance[visible]
+    return seen.numel() > 0 and torch.equal(visible, (distance >= seen.min()) & (distance <= seen.max()))
+
+
+def _leaves(mask_function: Callable) -> Iterator[Callable]:
     if mask_function.__qualname__ != "and_masks.<locals>.and_mask":
         yield mask_function
         return

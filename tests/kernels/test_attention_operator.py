@@ -9,7 +9,7 @@ import torch
 from bivec.kernels import reference
 from bivec.kernels.attention import varlen_attention
 from bivec.kernels.attention.operator import attention_forward
-from bivec.kernels.attention.transformers import register_with_transformers
+from bivec.kernels.attention.transformers import padding_mask, register_with_transformers
 
 
 def example(device, requires_grad=True):
@@ -195,10 +195,29 @@ def test_transformers_masks_that_cannot_be_said_are_refused():
     decoder = model("Llama", num_key_value_heads=2)
     decoder.set_attn_implementation("bivec")
     tokens = torch.randint(1, 99, (1, 8))
-    with pytest.raises(ValueError, match=r"attention_mask must be padding .* packed_sequence_mask_function"):
+    with pytest.raises(ValueError, match="attention_mask must be padding with a causal, bidirectional or sliding"):
         decoder(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), use_cache=False)
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 8\) padding, got \(1, 1, 8, 8\)"):
         decoder(tokens, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("visible", "is_window"),
+    [
+        (lambda row, head, query, key: key <= query, True),
+        (lambda row, head, query, key: (key - query).abs() < 3, True),
+        (lambda row, head, query, key: query >= 0, True),  # everything, and of the query's shape alone
+        (lambda row, head, query, key: key // 3 == query // 3, False),  # blocks
+        (lambda row, head, query, key: (key <= query) | (key < 2), False),  # a prefix
+        (lambda row, head, query, key: key <= query + row, False),  # another one for each row
+    ],
+)
+def test_a_mask_is_known_by_what_it_shows_not_by_its_name(visible, is_window):
+    if is_window:
+        assert padding_mask(2, 6, 6, mask_function=visible) is None
+    else:
+        with pytest.raises(ValueError, match="attention_mask must be padding"):
+            padding_mask(2, 6, 6, mask_function=visible)
 
 
 def test_reference_and_operator_share_their_signature():
