@@ -1,20 +1,17 @@
 """What an encoder is and which choices were made for it, for `bivec inspect`, logs and output files."""
 
-import hashlib
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from .checkpoints import Checkpoint
 from .config import ModelConfig, Window
+from .fingerprint import fingerprint
 from .model import LlamaModel
 from .ops import choose_dtype
 from .runner import Runner
 from .slabs import Slabs
-from .weights import checkpoint_files
 
 
 class Described(Protocol):
@@ -95,14 +92,10 @@ def identity(encoder: Described) -> dict[str, Any]:
 
     Files count by SHA-256, not by name: a model that has moved is the same one.
     """
-    checkpoint = encoder.checkpoint
-    base = [checkpoint.base / "config.json", *checkpoint_files(checkpoint.base)]
     on_cuda = encoder.device.type == "cuda"
     device = torch.cuda.get_device_name(encoder.device) if on_cuda else torch.backends.cpu.get_cpu_capability()
     return {
-        "base": _sha256(base),
-        "tokenizer": _sha256(checkpoint.tokenizer.glob("*token*")),
-        "adapters": [_sha256(adapter.glob("adapter_*")) for adapter in checkpoint.adapters],
+        **fingerprint(encoder.checkpoint),
         "window": [list(window) for window in sorted(set(encoder.windows))],
         "pooling": encoder.pooling,
         "max_length": encoder.max_length,
@@ -112,15 +105,6 @@ def identity(encoder: Described) -> dict[str, Any]:
         "row_tiles": list(encoder.runner.tiles),
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
     }
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    """Over the names and contents of files."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        with path.open("rb") as stream:
-            whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
 
 
 def _version(library: str) -> str | None:

@@ -15,7 +15,11 @@ from typing import NamedTuple
 import tokenizers
 import transformers
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
+)
 
 # a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
 _PREFIX_CHARACTERS = 8
@@ -156,8 +160,12 @@ def _reject(text: str, prompt: str) -> Rejected | None:
     return None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in `folder` that a tokenizer is made of."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files from one folder to another."""
-    for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in tokenizer_files(source):
+        shutil.copyfile(path, target / path.name)

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..engine import ops
+from ..engine.fingerprint import fingerprint
 from ..engine.run_folder import EARLIER, RUN_FILE, RunDescription
 from . import checkpoint
 from .mask_schedule import MaskSchedule
@@ -111,6 +112,10 @@ class _Run:
             seed=settings.seed,
         )
         self.stage: Stage = make_stage(settings, self.passes, self.processes)
+        self.model_files = {}
+        if accelerator.is_main_process:  # the one that saves and compares
+            with_weights = not getattr(settings, "random_weights", False)
+            self.model_files = fingerprint(self.trainee.checkpoint, weights=with_weights)
         self.schedule = MaskSchedule(
             settings.mask_schedule,
             settings.mask_schedule_steps or max(1, settings.max_steps // 2),
@@ -224,6 +229,7 @@ class _Run:
             "schedule": self.optimizer.schedule_state(),
             "settings": self.settings.shaping_the_result(),
             "data": self.stage.fingerprint,
+            "model": self.model_files,
             "evaluation": self.evaluation,
             "versions": _versions(),
         }
@@ -234,6 +240,13 @@ class _Run:
         state = saved.state
         if state["data"] != self.stage.fingerprint:
             raise ValueError(f"{saved.path} was trained on other data than {', '.join(self.settings.data)}")
+        before = state.get("model", {})
+        changed = [part for part, now in self.model_files.items() if before.get(part) != now]
+        if changed:
+            raise ValueError(
+                f"{saved.path} was trained with other files of the model {self.settings.model}: "
+                f"changed since: {', '.join(changed)}"
+            )
         try:
             self.optimizer.restore(saved.tensors, state["schedule"])
         except ValueError as error:

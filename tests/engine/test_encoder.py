@@ -319,6 +319,8 @@ def test_identity_is_of_contents_not_of_names(tmp_path, make_checkpoint):
     tokenizer = tmp_path / "moved" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     assert changed(tmp_path / "moved") == {"tokenizer"}
+    (first / "merges.txt").write_text("a b")
+    assert changed(first) == {"tokenizer"}
 
 
 def test_the_two_halves_of_encode_rows_are_the_whole(encoder):

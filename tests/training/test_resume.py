@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bivec.training import checkpoint, loop, train
 from bivec.training.optimizer import Optimizer
@@ -213,6 +214,27 @@ def test_refuses_another_configuration_or_other_data(settings, text_file):
     text_file.write_text(text_file.read_text().replace("fox", "cat"))
     with pytest.raises(ValueError, match="trained on other data"):
         train(settings(max_steps=2, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"), [("weights", "base"), ("tokenizer", "tokenizer"), ("earlier", "adapters")]
+)
+def test_refuses_a_model_that_has_changed(settings, fresh_llama_folder, changed, part, tmp_path):
+    model = fresh_llama_folder
+    if changed == "earlier":
+        train(settings("earlier", model=str(model), max_steps=1))
+        model = tmp_path / "earlier"
+    train(settings(model=str(model), max_steps=2))
+    train(settings(model=str(model), max_steps=2, resume=True))
+    if changed == "tokenizer":
+        (model / "vocab.json").write_text("{}")
+    else:
+        path = model / {"weights": "model.safetensors", "earlier": "adapter_model.safetensors"}[changed]
+        tensors = load_file(path)
+        next(iter(tensors.values()))[0] += 1
+        save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"other files of the model .* changed since: {part}$"):
+        train(settings(model=str(model), max_steps=2, resume=True))
 
 
 def test_keeps_what_stands_in_the_output(settings, tmp_path):
