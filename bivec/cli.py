@@ -21,6 +21,7 @@ from .cli_shared import (
     MaxLength,
     Model,
     Pooling,
+    note_instruction,
     one_line_errors,
     warn_of_default,
 )
@@ -72,10 +73,13 @@ def embed(
     ] = None,
     instruction: Annotated[
         str | None,
-        typer.Option(help="Put before every text; attended to, but not pooled. Default: the model's own prompt."),
+        typer.Option(
+            help="Put before every text, a space between unless it ends with white space; attended to, not pooled. "
+            "Default: the model's own default prompt; of a run, the instruction if documents had it too."
+        ),
     ] = None,
     pooling: Pooling = None,
-    max_length: MaxLength = 512,
+    max_length: MaxLength = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale every vector to length 1.")] = False,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first N dimensions only.")] = None,
     precision: Annotated[
@@ -113,6 +117,11 @@ def embed(
         from .serving import job
         from .serving.settings import EmbedSettings
 
+        def before_loading() -> None:
+            warn_of_default(model)
+            if instruction is None:
+                note_instruction(model, adapter)
+
         summary = job.run(
             EmbedSettings(
                 inputs=inputs,
@@ -139,7 +148,7 @@ def embed(
                 overwrite=overwrite,
             ),
             job.load_encoder,
-            before_loading=lambda: warn_of_default(model),
+            before_loading=before_loading,
         )
         for row in summary.unreadable:
             typer.echo(f"warning: {row}", err=True)
@@ -201,7 +210,7 @@ def export_model(
     model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
-    max_length: MaxLength = 512,
+    max_length: MaxLength = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
     ] = "bfloat16",
@@ -222,7 +231,7 @@ def inspect(
     model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
-    max_length: MaxLength = 512,
+    max_length: MaxLength = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = "auto",
@@ -238,6 +247,7 @@ def inspect(
         from .engine.encoder import Encoder
 
         warn_of_default(model)
+        note_instruction(model, adapter)
         encoder = Encoder.from_pretrained(
             model,
             adapters=adapter or [],

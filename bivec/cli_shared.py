@@ -23,7 +23,9 @@ Pooling = Annotated[
     Literal["mean", "weighted_mean", "last", "first"] | None,
     typer.Option(help="How a text's token states become one vector. Default: the training run's own, else mean."),
 ]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens a text is cut to.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a text is cut to. Default: an exported model's own, else 512.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
 Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by name; see bivec inspect.")]
@@ -34,6 +36,19 @@ def warn_of_default(model: str) -> None:
         typer.echo(
             "note: the default model is a demonstration of 4 million parameters: its vectors are fit for trying bivec, "
             "not for search. Choose another with --model.",
+            err=True,
+        )
+
+
+def note_instruction(model: str, adapters: list[str] | None) -> None:
+    """Says of a run that was trained with an instruction before queries alone that no text gets it unasked."""
+    from .engine.prompts import unused_instruction
+
+    instruction = unused_instruction([model, *(adapters or [])])
+    if instruction is not None:
+        typer.echo(
+            f"note: this run was trained with {instruction!r} before its queries; texts get it by --instruction or "
+            "encode_query, documents need none.",
             err=True,
         )
 

@@ -99,21 +99,6 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Prompts by name and the default's name, from sentence-transformers' configuration where a folder has one."""
-    path = folder / "config_sentence_transformers.json"
-    if not path.is_file():
-        return {}, None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        prompts, default = values.get("prompts") or {}, values.get("default_prompt_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a JSON object") from error
-    if not all(isinstance(text, str) for text in prompts.values()) or default not in (None, *prompts):
-        raise ValueError(f"{path}: prompts must be strings and default_prompt_name one of them, got {default!r}")
-    return prompts, default
-
-
 def _is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 

@@ -26,6 +26,7 @@ class Described(Protocol):
     pooling: str
     backend: str
     prompts: dict[str, str]
+    default_prompt_name: str | None
     asked_dtype: str | torch.dtype
     self_test: dict[str, str]
 
@@ -66,6 +67,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             "pooling": encoder.pooling,
             "max length": f"{encoder.max_length} tokens (the model has {config.max_position_embeddings} positions)",
             "prompts": encoder.prompts,
+            "default prompt": encoder.default_prompt_name or "none",
         },
         "backend": {
             "device": _device_name(encoder.device),

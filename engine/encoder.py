@@ -19,10 +19,11 @@ from .description import describe, identity
 from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
+from .prompts import as_prompt, document_prompt, model_prompts
 from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
-from .tokens import Rejected, TextTokenizer, Tokenized, as_prompt, load_tokenizer
+from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer, own_max_length
 from .weights import load_model
 
 Precision = Literal["float32", "float16", "int8"]
@@ -54,9 +55,7 @@ class Encoder:
         self.config = model.config
         self.pooling = pooling
         self.checkpoint = checkpoint
-        self.prompts, self.default_prompt_name = checkpoints.read_prompts(checkpoint.tokenizer)
-        if checkpoint.run is not None and checkpoint.run.instruction:
-            self.prompts["query"] = as_prompt(checkpoint.run.instruction)
+        self.prompts, self.default_prompt_name = model_prompts(checkpoint)
         self._tokenizer = tokenizer
         self.backend = backend
         self.asked_dtype = asked_dtype
@@ -73,7 +72,7 @@ class Encoder:
         model: str | Path | None = None,
         adapters: Sequence[str | Path] = (),
         pooling: str | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
@@ -90,7 +89,8 @@ class Encoder:
                 of one, or of a run of `bivec train`; default the small demonstration encoder that comes with bivec.
             adapters: further LoRA adapters, merged in this order.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
-            max_length: tokens a text is cut to, special tokens included; never more than the model has positions.
+            max_length: tokens a text is cut to, special tokens included, never more than the model has positions;
+                default the `max_seq_length` of a folder in sentence-transformers' layout, else 512.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto`, `triton` (bivec's kernel), `flash` (the flash-attn package's) or `sdpa` (torch's).
@@ -104,12 +104,12 @@ class Encoder:
         chosen_dtype, _ = ops.choose_dtype(dtype, chosen_device)
         if pooling is not None and pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
         checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, tuple(adapters), hub)
         config = load_config(checkpoint.base)
         backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
+        if max_length is None:
+            max_length = own_max_length(checkpoint.tokenizer)
         max_length = min(max_length, config.max_position_embeddings)
         tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
         llama = load_merged(checkpoint, config, chosen_dtype)
@@ -165,7 +165,8 @@ class Encoder:
         Args:
             sentences: texts; one `str` gives one vector; `[[instruction, text], ...]` as in LLM2Vec, where a space
                 joins the two unless the instruction ends with white space.
-            prompt: put before each text as given; its tokens attend and are not pooled.
+            prompt: put before each text as given; its tokens attend and are not pooled. A space that ends it counts as
+                the text's. Default: the prompt that `self.default_prompt_name` names, if any.
             prompt_name: a key of `self.prompts`, instead of `prompt`.
             batch_size: a hint that changes nothing: texts are packed by tokens.
             show_progress_bar: default: on a terminal, when there is more than one pass to run.
@@ -205,15 +206,15 @@ class Encoder:
         return output[0] if single else output
 
     def encode_query(self, sentences, prompt_name: str | None = None, prompt: str | None = None, **arguments) -> Any:
-        """`encode` with the prompt named `query`, where the model has one and none is given."""
-        if prompt is None and prompt_name is None and "query" in self.prompts:
-            prompt_name = "query"
+        """`encode` with the prompt named `query`, or without one where the model has none and none is given."""
+        if prompt is None and prompt_name is None:
+            prompt = self.prompts.get("query", "")
         return self.encode(sentences, prompt_name, prompt, **arguments)
 
     def encode_document(self, sentences, prompt_name: str | None = None, prompt: str | None = None, **arguments) -> Any:
-        """`encode` with the prompt named `document`, `passage` or `corpus`, if the model has one and none is given."""
+        """As `encode_query`, with the prompt named `document`, `passage` or `corpus`."""
         if prompt is None and prompt_name is None:
-            prompt_name = next((name for name in ("document", "passage", "corpus") if name in self.prompts), None)
+            prompt = document_prompt(self.prompts)
         return self.encode(sentences, prompt_name, prompt, **arguments)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:

@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from .adapters import load_merged
-from .checkpoints import read_prompts, resolve
+from .checkpoints import resolve
 from .config import BIDIRECTIONAL, load_config
 from .ops import DTYPES
+from .prompts import model_prompts
 from .run_folder import RunDescription
-from .tokens import as_prompt, copy_tokenizer
+from .tokens import copy_tokenizer, own_max_length
 
 # sentence-transformers' name of each pooling mode
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
@@ -27,7 +28,7 @@ def export(
     *,
     adapters: Sequence[str | Path] = (),
     pooling: str | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     dtype: str = "bfloat16",
 ) -> None:
     """Merge a model's adapters and write it to a new folder.
@@ -64,19 +65,19 @@ def export(
         save_torch_state_dict(dict(llama.named_parameters()), temporary, max_shard_size="5GB")
         _write_config(checkpoint.base, temporary, dtype)
         _write_tokenizer(checkpoint.tokenizer, temporary)
-        instruction = run.instruction if run else ""
-        prompts, default_prompt = read_prompts(checkpoint.tokenizer)
-        if instruction:
-            prompts["query"] = as_prompt(instruction)
+        prompts, default_prompt = model_prompts(checkpoint)
         if prompts:
             found = {"prompts": prompts, "default_prompt_name": default_prompt}
             _write_json(temporary / "config_sentence_transformers.json", found)
+        if max_length is None:
+            max_length = own_max_length(checkpoint.tokenizer)
         _write_modules(temporary, config.hidden_size, pooling, min(max_length, config.max_position_embeddings))
         RunDescription(
             stage="export",
             base_model=None,
             pooling=pooling,
-            instruction=instruction,
+            instruction=run.instruction if run else "",
+            symmetric_instruction=run.symmetric_instruction if run else False,
             readout_shift=run.readout_shift if run else 0,
         ).write(temporary)
         _open_to_readers(temporary)

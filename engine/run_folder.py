@@ -27,6 +27,7 @@ class RunDescription:
         pooling: how a text's states become its vector.
         pools_special_tokens: whether BOS and the like are among them.
         instruction: put before a query, attended to and not pooled.
+        symmetric_instruction: whether it is put before documents too.
         readout_shift: 1 where the state of the token before a word carries the word (MNTP), else 0.
     """
 
@@ -38,6 +39,7 @@ class RunDescription:
     pools_special_tokens: bool = True
     instruction: str = ""
     readout_shift: int = 0
+    symmetric_instruction: bool = False
 
     def write(self, folder: Path) -> None:
         (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -68,3 +70,7 @@ class RunDescription:
                 raise ValueError(f"{path}: earlier must name folders within the run's, got {name!r}")
         if not isinstance(self.instruction, str) or not isinstance(self.base_model, str | None):
             raise ValueError(f"{path}: base_model and instruction must be strings")
+        if not isinstance(self.symmetric_instruction, bool):
+            raise ValueError(
+                f"{path}: symmetric_instruction must be true or false, got {self.symmetric_instruction!r:.80}"
+            )

@@ -1,5 +1,8 @@
 """Text to token ids: prompt and text are joined as given and tokenised once; the text's first token is found by offset.
 
+A space that ends a prompt counts as the text's: most tokenizers make one token of it and a word, some of it alone
+before a digit, and so a prompt has the same number of tokens before every text (as in sentence-transformers).
+
 Special-token strings inside a text (`</s>`, `<|eot_id|>`) are plain text. Texts are cut to `max_length` tokens, special
 tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do. A long text is cut
 before it is tokenised, where that cannot change its first tokens.
@@ -20,6 +23,9 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
 )
+
+MAX_LENGTH_FILE = "sentence_bert_config.json"
+_MAX_LENGTH = 512
 
 # a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
 _PREFIX_CHARACTERS = 8
@@ -45,15 +51,23 @@ class Rejected(NamedTuple):
 
 
 class TextTokenizer:
-    """Tokenises texts for one encoder; `hugging_face` is the unchanged transformers tokenizer."""
+    """Tokenises texts for one encoder; `hugging_face` is the unchanged transformers tokenizer.
+
+    Raises:
+        ValueError: it has no fast form, or `max_length` leaves no room for a token of a text beside the special ones.
+    """
 
     def __init__(self, hugging_face: transformers.PreTrainedTokenizerBase, max_length: int):
         backend = getattr(hugging_face, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer must have a fast form (tokenizer.json), got {type(hugging_face).__name__}")
+        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy: ours to configure
+        num_special = self._backend.num_special_tokens_to_add(False)
+        if max_length <= num_special:
+            added = f", {num_special} of which the tokenizer adds" if num_special else ""
+            raise ValueError(f"max_length must be at least {num_special + 1} tokens{added}, got {max_length}")
         self.hugging_face = hugging_face
         self.max_length = max_length
-        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy: ours to configure
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
@@ -102,10 +116,9 @@ class TextTokenizer:
             return (
                 Tokenized(ids, 0) if ids else Rejected("the text is empty and the tokenizer adds no token of its own")
             )
-        prompt_end = len(prompt)
-        for place, (_, end) in enumerate(encoding.offsets):
-            if end > prompt_end:
-                return Tokenized(ids, place)
+        ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
+        if max(ends, default=0) > len(prompt):
+            return Tokenized(ids, next(i for i, end in enumerate(ends) if end > len(prompt.removesuffix(" "))))
         return Rejected(
             f"no token of the text is left after the prompt ({len(ids)} tokens, max_length {self.max_length})"
         )
@@ -122,11 +135,6 @@ def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:
         return False
     stripping = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"] if not token["special"])
     return not stripping and not any(map(_SPACE_INSIDE.search, backend.get_vocab()))
-
-
-def as_prompt(instruction: str) -> str:
-    """What stands before a text: the instruction and, as in LLM2Vec, a space unless it ends with white space."""
-    return instruction + " " if instruction and not instruction[-1].isspace() else instruction
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
@@ -147,6 +155,22 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token id {largest}, but the model has {vocab_size} embeddings")
     return tokenizer
+
+
+def own_max_length(folder: Path) -> int:
+    """Tokens a text is cut to where nobody says: what a folder in sentence-transformers' layout says, else 512."""
+    path = folder / MAX_LENGTH_FILE
+    if not path.is_file():
+        return _MAX_LENGTH
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must be a JSON object") from error
+    if found is None:
+        return _MAX_LENGTH
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(f"{path}: max_seq_length must be a number of tokens, got {found!r:.80}")
+    return found
 
 
 def _reject(text: str, prompt: str) -> Rejected | None:

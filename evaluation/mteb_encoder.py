@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.encoder import Encoder
-from ..engine.tokens import as_prompt
+from ..engine.prompts import as_prompt
 from .extras import needed
 from .report import fingerprint
 from .sts import cosines

@@ -42,7 +42,7 @@ class EvaluateSettings:
     model: str
     adapters: tuple[str, ...] = ()
     pooling: str | None = None
-    max_length: int = 512
+    max_length: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"

@@ -9,7 +9,8 @@ from typing import Literal
 class EmbedSettings:
     """What to embed, with which model and how; the fields are the options of `bivec embed`.
 
-    `instruction=None` takes the model's own default prompt where it has one, as `Encoder.encode` does.
+    `instruction` becomes a prompt as in training: a space follows unless it ends with white space. `None` takes the
+    model's own default prompt where it has one, as `Encoder.encode` does. `max_length=None` is the model's own.
     """
 
     inputs: Sequence[str]
@@ -20,7 +21,7 @@ class EmbedSettings:
     id_column: str | None = None
     instruction: str | None = None
     pooling: str | None = None
-    max_length: int = 512
+    max_length: int | None = None
     normalize: bool = False
     truncate_dim: int | None = None
     precision: Literal["float32", "float16", "int8"] = "float32"

@@ -141,8 +141,11 @@ class ShardWorker:
 def rows_and_dimension(plan: Plan, encoder: RowEncoder) -> tuple[Rows, int]:
     """What is read and how it is embedded, and the dimension of the written vectors; ValueError for `truncate_dim`."""
     settings = plan.settings
-    prompt = settings.instruction
-    if prompt is None:
+    if settings.instruction is not None:
+        from ..engine.prompts import as_prompt  # torch comes with it, which a worker's environment must precede
+
+        prompt = as_prompt(settings.instruction)
+    else:
         prompt = encoder.prompts.get(encoder.default_prompt_name or "", "")
     dimension = encoder.get_embedding_dimension()
     if settings.truncate_dim is not None and not 1 <= settings.truncate_dim <= dimension:

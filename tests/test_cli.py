@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import bivec
 from bivec import cli
+from bivec.engine.run_folder import RunDescription
 from bivec.serving import job
 
 PASSAGES = Path(__file__).parents[1] / "examples" / "passages.txt"
@@ -156,7 +158,7 @@ def test_embed_a_real_model(tiny_llama_folder, tmp_path):
 
 def test_embed_options_are_those_of_encode(tiny_llama_folder, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"body": "one text"}\n{"body": "another one"}\n')
-    options = ["--instruction", "find: ", "--normalize", "--truncate-dim", "16", "--precision", "float16"]
+    options = ["--instruction", "find:", "--normalize", "--truncate-dim", "16", "--precision", "float16"]
     options += ["--pooling", "last", "--max-length", "12", "--text-column", "body", "--dtype", "float32"]
     output = tmp_path / "out"
     found = invoke("embed", tmp_path / "in.jsonl", "--output", output, "--model", tiny_llama_folder, *options)
@@ -166,6 +168,31 @@ def test_embed_options_are_those_of_encode(tiny_llama_folder, tmp_path):
         ["one text", "another one"], prompt="find: ", normalize_embeddings=True, truncate_dim=16, precision="float16"
     )
     assert np.array_equal(np.array(pq.read_table(output)["embedding"].to_pylist(), np.float16), vectors)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_runs_instruction_is_applied_or_announced(tiny_llama_folder, tmp_path, symmetric):
+    """Documents that were trained without it get none, and stderr says so; what is given is joined as in training."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_llama_folder, run)
+    RunDescription("supervised", None, instruction="find:", symmetric_instruction=symmetric).write(run)
+    encoder = bivec.Encoder.from_pretrained(run, dtype="float32")
+    texts = PASSAGES.read_text(encoding="utf-8").splitlines()
+
+    def embed(name, *options):
+        output = tmp_path / name
+        found = invoke("embed", PASSAGES, "--output", output, "--model", run, "--dtype", "float32", *options)
+        assert found.exit_code == 0, found.stderr
+        return found.stderr, np.array(pq.read_table(output)["embedding"].to_pylist(), np.float32)
+
+    note, unasked = embed("unasked.parquet")
+    assert ("note: this run was trained with 'find:' before its queries" in note) == (not symmetric)
+    assert ("note: this run" in invoke("inspect", "--model", run).stderr) == (not symmetric)
+    assert np.array_equal(unasked, encoder.encode(texts, prompt="find: " if symmetric else ""))
+    note, asked = embed("asked.parquet", "--instruction", "find:")
+    assert "note: this run" not in note
+    assert np.array_equal(asked, encoder.encode_query(texts))
+    assert not np.array_equal(asked, encoder.encode(texts, prompt=""))
 
 
 def test_inspect(tiny_llama_folder):

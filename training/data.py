@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..engine.tokens import Rejected, TextTokenizer, Tokenized, as_prompt
+from ..engine.prompts import as_prompt
+from ..engine.tokens import Rejected, TextTokenizer, Tokenized
 from ..texts.files import find_files
 from ..texts.rows import BadRow, Column, FileRow, InputFile, RowError, column_names, read_file, text_fault
 

@@ -265,6 +265,7 @@ class _Run:
             window=self.schedule.final_window,
             pooling=getattr(settings, "pooling", "mean"),
             instruction=getattr(settings, "instruction", None) or "",
+            symmetric_instruction=getattr(settings, "symmetric_instruction", False),
             readout_shift=int(settings.stage == "mntp"),
         )
 

@@ -49,7 +49,7 @@ def test_without_prompt_every_token_is_pooled_bos_included(encoder, reference):
 def test_prompt_attends_and_is_not_pooled(encoder, reference, prompt):
     for text, vector in zip(TEXTS, encoder.encode(TEXTS, prompt=prompt), strict=True):
         joined = encoder.tokenizer(prompt + text, return_offsets_mapping=True)
-        first = next(i for i, (_, end) in enumerate(joined["offset_mapping"]) if end > len(prompt))
+        first = next(i for i, (_, end) in enumerate(joined["offset_mapping"]) if end > len(prompt.rstrip(" ")))
         assert first > 1
         assert_near(vector, reference(joined["input_ids"])[first:].mean(0))
 
@@ -196,6 +196,34 @@ def test_prompts_of_sentence_transformers(make_checkpoint, tmp_path):
         encoder.encode(TEXTS, prompt_name="other")
 
 
+def test_a_query_without_a_prompt_of_its_own_has_none(make_checkpoint, tmp_path):
+    """The default prompt is that of `encode`, as in sentence-transformers."""
+    make_checkpoint(tmp_path)
+    prompts = {"prompts": {"classify": "sort: ", "passage": "p: "}, "default_prompt_name": "classify"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    encoder = Encoder.from_pretrained(tmp_path, dtype="float32")
+    assert np.array_equal(encoder.encode(TEXTS), encoder.encode(TEXTS, prompt="sort: "))
+    assert np.array_equal(encoder.encode_query(TEXTS), encoder.encode(TEXTS, prompt=""))
+    assert np.array_equal(encoder.encode_document(TEXTS), encoder.encode(TEXTS, prompt="p: "))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, r"prompts must be strings by name, got \['a'\]"),
+        ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts must be strings by name, got {'a': 1}"),
+        ("config_sentence_transformers.json", {"default_prompt_name": ["a"]}, "default_prompt_name must be one of"),
+        ("config_sentence_transformers.json", [], "must be a JSON object"),
+        ("sentence_bert_config.json", {"max_seq_length": "12"}, "max_seq_length must be a number of tokens, got '12'"),
+        ("sentence_bert_config.json", 3, "must be a JSON object"),
+    ],
+)
+def test_a_malformed_description_is_named(fresh_llama_folder, name, content, message):
+    (fresh_llama_folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        Encoder.from_pretrained(fresh_llama_folder)
+
+
 def test_similarity_is_cosine(encoder):
     vectors = encoder.encode(TEXTS)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -272,7 +300,7 @@ def test_a_window_is_what_the_encoder_runs_with(tiny_llama_folder, encoder, wind
         ({"dtype": "float16", "device": "cpu"}, "float16 needs a CUDA device"),
         ({"device": "mps"}, "device must be auto, cpu or cuda"),
         ({"attention": "eager"}, "attention must be auto or one of"),
-        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 2 tokens, 1 of which the tokenizer adds, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_met_are_errors(tiny_llama_folder, arguments, message):

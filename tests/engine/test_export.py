@@ -66,8 +66,9 @@ def test_sentence_transformers_gives_the_same_vectors(run, tmp_path, pooling):
     library = pytest.importorskip("sentence_transformers", reason="package sentence-transformers is not installed")
     export(run, tmp_path / "out", pooling=pooling, max_length=12, dtype="float32")
     peer = library.SentenceTransformer(str(tmp_path / "out"), device="cpu", model_kwargs={"dtype": torch.float32})
-    encoder = Encoder.from_pretrained(tmp_path / "out", dtype="float32", max_length=12)
-    assert peer.max_seq_length == 12
+    encoder = Encoder.from_pretrained(tmp_path / "out", dtype="float32")
+    assert peer.max_seq_length == encoder.max_length == 12
+    assert Encoder.from_pretrained(tmp_path / "out", max_length=16).max_length == 16  # what is asked for wins
     assert np.abs(peer.encode(TEXTS) - encoder.encode(TEXTS)).max() < 1e-5
     assert peer.prompts["query"] == encoder.prompts["query"] == "find: "
 

@@ -55,7 +55,7 @@ def check(hugging_face, text, prompt, max_length):
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
-@given(real_looking, st.sampled_from(["", "find this: ", "a b"]), st.integers(1, 6))
+@given(real_looking, st.sampled_from(["", "find this: ", "a b"]), st.integers(2, 6))
 def test_byte_level(byte_level, text, prompt, max_length):
     check(byte_level, text, prompt, max_length)
 
@@ -68,7 +68,7 @@ def test_sentencepiece_and_real_texts(shared_data, name):
     hugging_face = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
     @settings(max_examples=100, derandomize=True, deadline=None)
-    @given(real_looking, st.integers(1, 6))
+    @given(real_looking, st.integers(2, 6))
     def check_text(text, max_length):
         check(hugging_face, text, "", max_length)
 
@@ -104,6 +104,26 @@ def test_a_vocabulary_with_a_space_inside_a_token_is_not_cut():
     tokenizer = TextTokenizer(hugging_face, 2)
     assert not tokenizer._cuts_before_spaces
     assert tokenizer(["a b" * 50], [""])[0].ids == [4, 4]
+
+
+@pytest.mark.parametrize(("bos", "least"), [(True, 2), (False, 1)])
+def test_a_length_that_leaves_a_text_no_token_is_refused(make_checkpoint, tmp_path, bos, least):
+    hugging_face = load_tokenizer(make_checkpoint(tmp_path, bos=bos), 1000)
+    with pytest.raises(ValueError, match=f"max_length must be at least {least} tokens.*, got {least - 1}"):
+        TextTokenizer(hugging_face, least - 1)
+    (found,) = TextTokenizer(hugging_face, least)(["fox"], [""])
+    assert len(found.ids) == least
+
+
+def test_a_prompt_has_as_many_tokens_before_every_text(byte_level):
+    """Its last space is a token of its own before a digit or a space, and part of a word's token else."""
+    tokenizer = TextTokenizer(byte_level, 64)
+    texts = ["fox", "7 foxes", " fox", "  ", "北京", "😀", "(fox)", "\nfox"]
+    found = tokenizer(texts, ["find: "] * len(texts))
+    (alone,) = tokenizer(["find:"], [""])
+    assert {text.pool_start for text in found} == {len(alone.ids)}
+    assert len({tuple(text.ids[: len(alone.ids)]) for text in found}) == 1
+    assert isinstance(tokenizer([""], ["find: "])[0], Rejected)
 
 
 def test_many_texts_are_tokenised_as_one_is(tiny_llama_folder):

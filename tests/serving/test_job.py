@@ -65,7 +65,7 @@ def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_p
     embed(
         texts,
         encoder=encoder,
-        instruction="as: ",
+        instruction="as:",
         pooling="mean",
         normalize=True,
         truncate_dim=5,
@@ -77,7 +77,7 @@ def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_p
     assert str(schema.field("embedding").type) == "fixed_size_list<element: int8>[5]"
     assert vectors_by_id(tmp_path / "out.parquet")["in.txt:3"] == stub.vector_of("as: text 2")[:5].tolist()
     provenance = json.loads(schema.metadata[b"bivec"])
-    expected = {"model": "stub", "adapters": ["a", "b"], "prompt": "as: ", "pooling": "mean", "max_length": 512}
+    expected = {"model": "stub", "adapters": ["a", "b"], "prompt": "as: ", "pooling": "mean", "max_length": None}
     expected |= {"normalize": True, "truncate_dim": 5, "precision": "int8", "dtype": "auto", "attention": "auto"}
     assert expected.items() <= provenance.items()
     assert provenance["encoder"] == {"model": {"name": "stub"}}

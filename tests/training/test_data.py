@@ -25,7 +25,8 @@ LONG = "a packed batch holds many sequences side by side and every token sees ev
 def ids_of(tokenizer, text, prompt="", max_length=16) -> Tokenized:
     """As transformers tokenises them."""
     encoded = tokenizer.hugging_face(prompt + text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt)) if prompt else 0
+    border = len(prompt.removesuffix(" "))
+    start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > border) if prompt else 0
     return Tokenized(encoded["input_ids"], start)
 
 
@@ -114,9 +115,10 @@ def test_arguments_of_texts_are_checked(tokenizer, write):
 
 
 def test_a_text_that_leaves_no_token_is_named(tokenizer, write):
-    only_bos = TextTokenizer(tokenizer.hugging_face, 1)
+    only_bos = TextTokenizer(tokenizer.hugging_face, 2)
+    only_bos._backend.enable_truncation(1)  # which no tokenizer is made with
     data = TextData([write("a.txt", "one", "", "two"), write("b.txt", "", "three")], only_bos)
-    with pytest.raises(RowError, match=r"b\.txt:2: the text leaves no token of its own \(max_length 1\)"):
+    with pytest.raises(RowError, match=r"b\.txt:2: the text leaves no token of its own \(max_length 2\)"):
         data.tokens([2])
     with pytest.raises(RowError, match=r"a\.txt:3: the text leaves no token"):
         data.tokens([1, 0])

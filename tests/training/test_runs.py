@@ -148,9 +148,19 @@ def test_a_runs_own_pooling_and_instruction_are_the_default(make_settings, pair_
     assert Encoder.from_pretrained(settings.output, pooling="last").pooling == "last"
 
 
+def test_an_instruction_before_documents_too_is_the_default_prompt(make_settings, pair_file):
+    settings = make_settings("supervised", instruction="find:", symmetric_instruction=True, max_steps=1)
+    train(settings)
+    encoder = Encoder.from_pretrained(settings.output, dtype="float32")
+    expected = encoder.encode(TEXTS, prompt="find: ")
+    for encode in (encoder.encode, encoder.encode_query, encoder.encode_document):
+        assert (encode(TEXTS) == expected).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"symmetric_instruction": "yes"}, "symmetric_instruction must be true or false, got 'yes'"),
         ({"pooling": "max"}, "pooling must be one of"),
         ({"window": [-1]}, "window must be two numbers"),
         ({"earlier": ["../../secret"]}, "earlier must name folders within"),
