@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..cli_shared import echo
 from .texts import DATA
 from .timing import table
 
@@ -91,13 +92,18 @@ def _report(argv: list[str]) -> int:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files, or folders of them")
     arguments = parser.parse_args(argv)
     for path in [file for given in arguments.results for file in (sorted(given.glob("*.json")) or [given])]:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if "benchmark" not in document:
-            continue  # an evaluation's result
-        machine = document["machine"]
-        packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
-        print(f"## {path.stem}\n\n{machine['device']}, {machine['cpu']}, {machine['utc'][:10]}, {packages}\n")
-        print(table(document["rows"]) + "\n")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(document, dict) and "benchmark" not in document:
+                continue  # an evaluation's result
+            machine = document["machine"]
+            packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+            measured_on = f"{machine['device']}, {machine['cpu']}, {machine['utc'][:10]}, {packages}"
+            rows = table(document["rows"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} must be what `bivec benchmark --output` wrote: {reason}") from error
+        echo(f"## {path.stem}\n\n{measured_on}\n\n{rows}\n")
     return 0
 
 

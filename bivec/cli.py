@@ -4,12 +4,12 @@ Nothing heavy is imported before a command runs.
 """
 
 import json
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from . import DEFAULT_MODEL, __version__
 from .cli_evaluate import evaluation
@@ -21,13 +21,27 @@ from .cli_shared import (
     MaxLength,
     Model,
     Pooling,
+    echo,
     note_instruction,
     one_line_errors,
+    printable,
+    show_tracebacks,
+    warn,
     warn_of_default,
 )
 
+
+class _Commands(TyperGroup):
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        """--traceback counts wherever it stands: behind the command that has just failed is where one adds it."""
+        if "--traceback" in arguments:
+            arguments = ["--traceback", *(argument for argument in arguments if argument != "--traceback")]
+        return super().parse_args(context, arguments)
+
+
 app = typer.Typer(
     name="bivec",
+    cls=_Commands,
     help="Turn a pretrained Llama into a text encoder, and embed text by the million.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,8 +63,11 @@ def bivec(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from; also behind any command.")
+    ] = False,
 ) -> None:
-    pass
+    show_tracebacks(traceback)
 
 
 @app.command()
@@ -151,8 +168,8 @@ def embed(
             before_loading=before_loading,
         )
         for row in summary.unreadable:
-            typer.echo(f"warning: {row}", err=True)
-        typer.echo(str(summary))
+            warn(row)
+        echo(str(summary))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -177,7 +194,7 @@ def train(
     with one_line_errors():
         from .training import read_settings, train
 
-        typer.echo(str(train(read_settings(stage, fields or []))))
+        echo(str(train(read_settings(stage, fields or []))))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -223,7 +240,7 @@ def export_model(
         from .engine.export import export
 
         export(model, output, adapters=adapter or [], pooling=pooling, max_length=max_length, dtype=dtype)
-        typer.echo(output)
+        echo(output)
 
 
 @app.command()
@@ -259,9 +276,9 @@ def inspect(
         )
         description = encoder.describe()
         if as_json:
-            typer.echo(json.dumps(description, indent=2, ensure_ascii=False, default=str))
+            echo(json.dumps(description, indent=2, ensure_ascii=False, default=str))
         else:
-            typer.echo("\n".join(_table(description)))
+            echo("\n".join(_table(description)))
 
 
 def _table(description: dict[str, Any]) -> Iterator[str]:
@@ -278,6 +295,7 @@ def _table(description: dict[str, Any]) -> Iterator[str]:
                 rows.append((f"{indent}{name}", shown or "none"))
 
     add(description, "")
+    rows = [(printable(name), printable(value).replace("\n", "\\n")) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         yield f"{name:{width}}  {value}".rstrip()
@@ -285,7 +303,7 @@ def _table(description: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     """The entry point of the `bivec` command."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: warn(message)
     app()
 
 

@@ -14,6 +14,7 @@ from .cli_shared import (
     MaxLength,
     Model,
     Pooling,
+    echo,
     one_line_errors,
     warn_of_default,
 )
@@ -121,7 +122,7 @@ def _evaluate(**settings: Any) -> None:
         from .evaluation.tasks import EvaluateSettings, evaluate
 
         warn_of_default(settings["model"])
-        typer.echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
+        echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
 
 
 @evaluation.command()
@@ -141,5 +142,5 @@ def compare(
         from .evaluation.report import Report
 
         rows = comparison.compare(Report.read(first), Report.read(second))
-        typer.echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
+        echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
         comparison.draw(rows, (first.stem, second.stem), output)

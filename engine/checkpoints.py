@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from .run_folder import RunDescription
 
@@ -123,6 +129,8 @@ def _fetch(name: str, hub: HubOptions) -> Path:
         )
     except GatedRepoError as error:
         raise PermissionError(f"{name} is gated: accept its licence on the hub and pass a token") from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name} is no folder, and cannot be a hub id (owner/name)") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{name} is neither a folder nor a model on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -46,9 +46,13 @@ def choose_device(device: str | torch.device) -> torch.device:
     """`auto` is the first CUDA device, else the CPU."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    message = f"device must be auto, cpu or cuda[:N], got {str(device)!r}"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(message) from error
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda[:N], got {str(device)!r}")
+        raise ValueError(message)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
     return chosen

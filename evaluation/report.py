@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,31 @@ class Report:
         """A written report; raises ValueError naming the file where it is none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            scores = [Score(**(score | {"value": _number(score["value"])})) for score in values.pop("scores")]
-            return cls(**values, scores=scores)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} must be what `bivec evaluate --output` wrote: {error}") from error
+            _check_kinds(values, _REPORT_KINDS)
+            return cls(**values | {"scores": [_score(score) for score in values["scores"]]})
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} must be what `bivec evaluate --output` wrote: {reason}") from error
+
+
+_REPORT_KINDS = {"task": str, "model": dict, "settings": dict, "data": dict, "scores": list}
+_SCORE_KINDS = {"dataset": str, "split": str, "system": str, "metric": str, "value": (int, float, NoneType)}
+_SCORE_KINDS_OR_ABSENT = {"low": (int, float, NoneType), "high": (int, float, NoneType), "layer": (int, NoneType)}
+
+
+def _score(values: dict[str, Any]) -> Score:
+    """A score as it stands in a file; raises ValueError or TypeError where it is none."""
+    _check_kinds(values, _SCORE_KINDS | {name: kind for name, kind in _SCORE_KINDS_OR_ABSENT.items() if name in values})
+    items = {name: [_number(item) for item in column] for name, column in values.get("items", {}).items()}
+    if items and len({0, *map(len, items.values())}) != 2:
+        raise ValueError(f"items {', '.join(items)} must be of one length")
+    return Score(**values | {"value": _number(values["value"]), "items": items})
+
+
+def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name!r} must not be {type(values[name]).__name__}")
 
 
 def fingerprint(*columns: Iterable) -> str:
@@ -102,7 +124,8 @@ def table(report: Report) -> Iterator[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells as lines with straight columns."""
+    """Rows of cells as lines with straight columns; a line feed in a cell, from a file's name, is shown as `\\n`."""
+    rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -91,6 +91,8 @@ def run(
             loads; ValueError also where a job to resume was begun otherwise, with a line a field.
         OSError: the disk is full, an input vanished, a worker died, or the like.
     """
+    if Path(settings.output).name in ("", ".."):
+        raise ValueError(f"output must be the name of a file or folder, got {settings.output!r}")
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"limit must be at least 1, got {settings.limit}")
     if settings.workers is not None and settings.workers < 1:

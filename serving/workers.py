@@ -276,7 +276,9 @@ def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> No
         except OSError:
             return  # the parent is gone
         except Exception:  # an exception that cannot be pickled
-            connection.send(RuntimeError(traceback.format_exc()))
+            plain = RuntimeError(f"{type(error).__name__}: {error}")
+            plain.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
+            connection.send(plain)
 
 
 class _Passed(NamedTuple):

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -111,21 +112,87 @@ def test_a_wrong_option_is_refused(tmp_path, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), TypeError("a bug")])
-def test_a_bug_shows_its_traceback(tmp_path, monkeypatch, error):
-    def load(_):
-        raise error
+def code_of_bivec(line: str):
+    """A function of one line that stands in a module of bivec."""
+    namespace = {"__name__": "bivec.any"}
+    exec(f"def load(_): {line}", namespace)
+    return namespace["load"]
 
-    monkeypatch.setattr(job, "load_encoder", load)
-    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
-    assert found.exception is error
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("raise ValueError('wrong')", 2, "wrong"),
+        ("raise RuntimeError('it failed')", 1, "it failed"),
+        ("raise FileNotFoundError(2, 'No such file', 'a.bin')", 2, "a.bin: No such file"),
+        ("raise OSError(28, 'No space left', 'a.bin')", 1, "a.bin: No space left"),
+        ("bytearray(2**62)", 1, "out of memory"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        (
+            "raise TypeError('a\\nbug')",
+            70,
+            "internal error: TypeError: a bug (in bivec.any:1); --traceback shows where",
+        ),
+        # the innermost frame is bivec's own, but bivec did not mean it
+        ("int('x')", 70, "internal error: ValueError: invalid literal for int() with base 10: 'x' (in bivec.any:1)"),
+        ("__import__('textwrap').wrap('a', 0)", 70, "internal error: ValueError: invalid width 0 (must be > 0) (in "),
+    ],
+)
+def test_whatever_is_raised_is_one_line_and_a_status(tmp_path, monkeypatch, line, status, message):
+    monkeypatch.setattr(job, "load_encoder", code_of_bivec(line))
+    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet", "--model", "m")
+    assert (found.exit_code, found.stdout) == (status, "")
+    assert found.stderr.startswith(f"error: {message}")
+    assert found.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_error_from_inside_a_library_is_a_bug(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "load_encoder", lambda _: np.zeros(3).reshape(2, 2))
-    found = invoke("embed", PASSAGES, "--output", tmp_path / "out.parquet")
-    assert isinstance(found.exception, ValueError)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch, before):
+    monkeypatch.setattr(job, "load_encoder", code_of_bivec("raise TypeError('a bug')"))
+    arguments = ["embed", PASSAGES, "--output", tmp_path / "out.parquet", "--model", "m"]
+    found = invoke("--traceback", *arguments) if before else invoke(*arguments, "--traceback")
+    assert found.exit_code == 70
+    assert found.stderr.startswith("Traceback (most recent call last):\n")
+    assert found.stderr.endswith("\nTypeError: a bug\nerror: internal error: TypeError: a bug (in bivec.any:1)\n")
+    assert "Traceback" not in invoke(*arguments).stderr
+
+
+def test_lines_of_one_message_cannot_pass_for_others(tmp_path):
+    found = invoke(
+        "embed", "no\nerror: \x1b]0;title\x07\x9b31m\u202etxt\udcff.txt", "--output", tmp_path / "out.parquet"
+    )
+    message = "no\n  error: \\u001b]0;title\\u0007\\u009b31m\\u202etxt\\udcff.txt: no such file or folder\n"
+    assert (found.exit_code, found.stderr) == (2, f"error: {message}")
+
+
+def test_warnings_are_shown_without_controls(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("\x1b[31mred\nerror: all is lost", stacklevel=1))
+    monkeypatch.setattr(warnings, "showwarning", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+    assert capsys.readouterr().err == "warning: \\u001b[31mred\n  error: all is lost\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "."], "output must be the name of a file or folder, got '.'"),
+        (["--output", ""], "output must be the name of a file or folder, got ''"),
+        (["--output", "/"], "output must be the name of a file or folder, got '/'"),
+        (["--output", "a/.."], "output must be the name of a file or folder, got 'a/..'"),
+        (["--device", "gpu"], "device must be auto, cpu or cuda[:N], got 'gpu'"),
+        (["--device", "cpu:-1"], "device must be auto, cpu or cuda[:N], got 'cpu:-1'"),
+        (["--model", "a:b"], "a:b is no folder, and cannot be a hub id (owner/name)"),
+    ],
+)
+def test_what_can_name_nothing_is_refused(tmp_path, monkeypatch, tiny_llama_folder, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    given = ["--output", "out.parquet", "--model", tiny_llama_folder, *arguments]
+    found = invoke("embed", PASSAGES, *given)
+    assert (found.exit_code, found.stderr) == (2, f"error: {message}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_model_is_announced_for_what_it_is(tmp_path, monkeypatch):
@@ -216,10 +283,10 @@ def test_export(tiny_llama_folder, tmp_path):
 
 
 def test_the_table_is_aligned():
-    description = {"model": {"name": "x", "hidden size": 64}, "prompts": {}, "self-test": "passed"}
+    description = {"model": {"name": "x\n\x1b[2J", "hidden size": 64}, "prompts": {}, "self-test": "passed"}
     assert list(cli._table(description)) == [
         "model",
-        "  name         x",
+        "  name         x\\n\\u001b[2J",
         "  hidden size  64",
         "prompts        none",
         "self-test      passed",

@@ -77,3 +77,15 @@ def test_a_report_shows_rows_and_machine(tmp_path, capsys):
     assert lines[:3] == ["## lora", "", "cuda, any, 2026-01-02, torch 2.11"]
     assert [line.split() for line in lines[4:7]] == [["name", "median_s"], ["bivec", "0.25"], ["peer", "0.5"]]
     assert not any("sts" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "[" * 100_000, '{"benchmark": 1}', '{"benchmark": 1, "machine": {"packages": []}, "rows": []}'],
+)
+def test_a_result_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    found = CliRunner().invoke(cli.app, ["benchmark", "report", str(tmp_path / "r.json")])
+    assert found.exit_code == 2
+    assert found.output.startswith(f"error: {tmp_path}/r.json must be what `bivec benchmark --output` wrote: ")
+    assert found.output.count("\n") == 1

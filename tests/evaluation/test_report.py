@@ -1,5 +1,6 @@
 """Reports: written whole or not at all, compared on the same items, drawn."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,35 @@ def test_whoever_reads_the_old_report_keeps_it_whole(tmp_path):
     assert Report.read(path).task == "sts"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": [{}]}', '{"scores": 3}'])
+SCORE = {"dataset": "set", "split": "test", "system": "model", "metric": "accuracy", "value": 1}
+NO_SCORES = [
+    SCORE | {"value": "high"},
+    SCORE | {"value": [1]},
+    SCORE | {"low": "1"},
+    SCORE | {"layer": [1]},
+    SCORE | {"dataset": 5},
+    SCORE | {"system": None},
+    SCORE | {"unknown": 1},
+    SCORE | {"items": [1]},
+    SCORE | {"items": {"correct": 1}},
+    SCORE | {"items": {"correct": ["1 or so"]}},
+    SCORE | {"items": {"correct": []}},
+    SCORE | {"items": {"gold": [1, 2], "similarity": [1]}},
+    {"dataset": "set"},
+    None,
+]
+REPORT = {"task": "sts", "model": {}, "settings": {}, "data": {}}
+NO_REPORTS = [
+    *({**REPORT, "scores": [score]} for score in NO_SCORES),
+    {**REPORT, "scores": [], "data": []},
+    {**REPORT, "scores": [], "task": 1},
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"scores": [{}]}', '{"scores": 3}', "[" * 100_000, *map(json.dumps, NO_REPORTS)],
+)
 def test_what_is_no_report_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ValueError, match=r"r\.json must be what `bivec evaluate --output` wrote"):
@@ -79,6 +108,12 @@ def test_the_table_is_aligned():
         "set   all    base    perplexity  23.46",
         "the base is untouched: yes",
     ]
+
+
+def test_a_name_of_several_lines_is_one_row_of_the_table():
+    header, row, _ = table(make_report(replace(similarity_score(1), dataset="a\nb")))
+    assert header.startswith("data  split")
+    assert row.startswith("a\\nb  test")
 
 
 def test_differences_are_on_the_same_items():
