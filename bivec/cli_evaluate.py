@@ -31,6 +31,7 @@ MaskWindow = Annotated[
 ]
 Data = Annotated[str, typer.Option(help="Folder of the task's files; of texts also one file.")]
 ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
 
 
@@ -48,6 +49,7 @@ def evaluate_labelled(
     attention: Attention = "auto",
     window: MaskWindow = None,
     output: ReportFile = None,
+    overwrite: Overwrite = False,
     seeds: Seeds = 3,
     split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
     baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
@@ -71,6 +73,7 @@ def evaluate_labelled(
         attention=attention,
         window=window,
         output=output,
+        overwrite=overwrite,
         seeds=seeds,
         split=split,
         baseline=baseline,
@@ -90,6 +93,7 @@ def evaluate_unlabelled(
     attention: Attention = "auto",
     window: MaskWindow = None,
     output: ReportFile = None,
+    overwrite: Overwrite = False,
     seeds: Seeds = 3,
     num_texts: Annotated[int, typer.Option(min=2, help="Texts that are drawn, the same for every model.")] = 500,
 ) -> None:
@@ -111,6 +115,7 @@ def evaluate_unlabelled(
         attention=attention,
         window=window,
         output=output,
+        overwrite=overwrite,
         seeds=seeds,
         num_texts=num_texts,
     )
@@ -122,25 +127,30 @@ def _evaluate(**settings: Any) -> None:
         from .evaluation.tasks import EvaluateSettings, evaluate
 
         warn_of_default(settings["model"])
-        echo("\n".join(table(evaluate(EvaluateSettings(**settings)))))
+        evaluate(EvaluateSettings(**settings), show=lambda report: echo("\n".join(table(report))))
 
 
 @evaluation.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="A result of bivec evaluate --output.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another of the same task and data.")],
-    output: Annotated[Path, typer.Option(help="The picture, .png, .svg or .pdf.")] = Path("comparison.png"),
+    output: Annotated[Path | None, typer.Option(help="Draw them too: a .png, .svg or .pdf.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier picture.")] = False,
 ) -> None:
-    """Print two results with their differences, and draw them.
+    """Print two results with their differences.
 
     Differences are B minus A, on the same bootstrap resamples of the same texts.
 
     Example: bivec evaluate compare base.json simcse.json --output comparison.png
     """
     with one_line_errors():
+        from .engine.outputs import open_output
         from .evaluation import comparison
         from .evaluation.report import Report
 
+        names = (first.stem, second.stem)
         rows = comparison.compare(Report.read(first), Report.read(second))
-        echo("\n".join(comparison.table(rows, (first.stem, second.stem))))
-        comparison.draw(rows, (first.stem, second.stem), output)
+        echo("\n".join(comparison.table(rows, names)))
+        if output is not None:
+            with open_output(output, [first, second], overwrite=overwrite, is_own=comparison.is_picture) as publish:
+                publish(comparison.draw(rows, names, output))

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -76,6 +76,45 @@ class AtomicFile:
             self.temporary.unlink()
         with suppress(OSError):  # what is still buffered may not fit on the disk
             self.handle.close()
+
+
+@contextmanager
+def open_output(
+    path: Path, inputs: Iterable[Path] = (), *, overwrite: bool, is_own: Callable[[Path], bool]
+) -> Iterator[Callable[[bytes], None]]:
+    """One small file, for a command that works first and writes at the end: yields what publishes its whole content.
+
+    The temporary file is there and locked from the beginning, which shows that the place is writable.
+
+    Args:
+        is_own: whether an existing file is one that the command wrote, and may be overwritten.
+    Raises:
+        ValueError: as `refuse_inputs`.
+        FileExistsError: `path` is no file, or exists and may not be overwritten, or another run is writing it.
+        FileNotFoundError: the folder to write in does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist")
+    if os.path.lexists(path):
+        if path.is_symlink() or not path.is_file():
+            raise FileExistsError(f"{path} is a folder, a link or a device: name a file")
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; --overwrite replaces it")
+        if not is_own(path):
+            raise FileExistsError(f"{path} is not overwritten: it is nothing that this command wrote")
+    refuse_inputs(path, inputs)
+    file = AtomicFile(path.with_name(f".{path.name}.partial"))
+
+    def publish(content: bytes) -> None:
+        with naming(path):
+            file.handle.write(content)
+            file.finish()
+            file.publish(path)
+
+    try:
+        yield publish
+    finally:
+        file.abort()
 
 
 def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> BinaryIO:

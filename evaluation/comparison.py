@@ -1,5 +1,6 @@
 """Two reports of one task side by side: what changed, by how much, and whether that is more than chance."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,9 +55,11 @@ def table(rows: list[Row], names: tuple[str, str]) -> Iterator[str]:
     yield from aligned(cells)
 
 
-def draw(rows: list[Row], names: tuple[str, str], path: Path) -> None:
-    """A picture of the rows: lines over layers, and points with their intervals for the rest; format by suffix.
+def draw(rows: list[Row], names: tuple[str, str], path: Path) -> bytes:
+    """A picture of the rows: lines over layers, and points with their intervals for the rest.
 
+    Args:
+        path: its suffix names the format.
     Raises:
         ValueError: matplotlib is absent or does not know the format.
     """
@@ -73,10 +76,22 @@ def draw(rows: list[Row], names: tuple[str, str], path: Path) -> None:
         draw_panel = _draw_points if its_rows[0].known.layer is None else _draw_lines
         draw_panel(axis, its_rows, names)
         axis.legend()
+    picture = io.BytesIO()
     try:
-        figure.savefig(path, format=path.suffix.removeprefix(".") or "png", dpi=150)
+        figure.savefig(picture, format=path.suffix.removeprefix(".") or "png", dpi=150)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return picture.getvalue()
+
+
+# how .png, .svg and .pdf files begin
+_PICTURES = (b"\x89PNG", b"<?xml", b"%PDF")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file may be what `draw` made."""
+    with path.open("rb") as file:
+        return file.read(5).startswith(_PICTURES)
 
 
 def _draw_lines(axis: Any, rows: list[Row], names: tuple[str, str]) -> None:

@@ -1,8 +1,7 @@
-"""What an evaluation found: a JSON file that appears complete or not at all, and a table of it."""
+"""What an evaluation found: a JSON file, and a table of it."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,22 +60,14 @@ class Report:
     scores: list[Score]
     checks: dict[str, bool] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        """Replace `path` by the whole report; undefined figures are null. Raises OSError."""
-        text = json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def to_json(self) -> bytes:
+        """The file's content; undefined figures are null."""
+        text = json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+        return f"{text}\n".encode()
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """A written report; raises ValueError naming the file where it is none."""
+        """The report of a file; raises ValueError naming the file where it is none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             _check_kinds(values, _REPORT_KINDS)
@@ -104,6 +95,15 @@ def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(values[name], kind):
             raise TypeError(f"{name!r} must not be {type(values[name]).__name__}")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is what `bivec evaluate --output` wrote."""
+    try:
+        Report.read(path)
+    except ValueError:
+        return False
+    return True
 
 
 def fingerprint(*columns: Iterable) -> str:

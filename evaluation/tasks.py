@@ -11,9 +11,10 @@ import numpy as np
 from .. import __version__
 from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
+from ..engine.outputs import open_output
 from . import anisotropy, classification, generation, sts
 from .baselines import BASELINES, tfidf
-from .report import Report, Score, fingerprint
+from .report import Report, Score, fingerprint, is_report
 from .splits import Split
 from .texts import read_texts
 
@@ -31,6 +32,7 @@ class EvaluateSettings:
         data: the folder of the task's files; for generation and anisotropy also one file.
         window: `bidirectional`, `causal`, or None for the model's own.
         output: the JSON file that is written, or None.
+        overwrite: replace `output` where it is an earlier report.
         split: of text similarity and classification.
         seeds: how many, from 0 on, where something is shuffled or drawn.
         baseline: whether TF-IDF is scored beside the model; text similarity and classification.
@@ -48,23 +50,39 @@ class EvaluateSettings:
     attention: str = "auto"
     window: Literal["bidirectional", "causal"] | None = None
     output: str | None = None
+    overwrite: bool = False
     split: Split = "test"
     seeds: int = 3
     baseline: bool = False
     num_texts: int = 500
 
 
-def evaluate(settings: EvaluateSettings) -> Report:
+def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lambda report: None) -> Report:
     """Run a task and write its report where `output` asks for one.
 
+    Args:
+        show: called with the report before it is written, so that nothing is lost where that fails.
     Raises:
-        ValueError, FileNotFoundError: naming the argument, or the file and line, and what was expected.
+        ValueError, FileNotFoundError, FileExistsError: naming the argument, or the file and line, and what was
+            expected.
+        OSError: the report cannot be written.
     """
-    if settings.output is not None and not Path(settings.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{settings.output}: the folder {str(Path(settings.output).parent)!r} does not exist")
+    if settings.output is None:
+        report = _evaluate(settings)
+        show(report)
+        return report
+    inputs = [Path(settings.data)]
+    with open_output(Path(settings.output), inputs, overwrite=settings.overwrite, is_own=is_report) as publish:
+        report = _evaluate(settings)
+        show(report)
+        publish(report.to_json())
+    return report
+
+
+def _evaluate(settings: EvaluateSettings) -> Report:
     encoder, (scores, data, checks) = _TASKS[settings.task](settings)
     description = encoder.describe()
-    report = Report(
+    return Report(
         task=settings.task,
         model=description["model"] | description["encoding"] | {"dtype": str(encoder.dtype).removeprefix("torch.")},
         settings={"split": settings.split, "seeds": settings.seeds, "bivec": __version__},
@@ -72,9 +90,6 @@ def evaluate(settings: EvaluateSettings) -> Report:
         scores=scores,
         checks=checks,
     )
-    if settings.output is not None:
-        report.write(Path(settings.output))
-    return report
 
 
 def load_encoder(settings: EvaluateSettings) -> Encoder:

@@ -1,12 +1,15 @@
 """`bivec evaluate` from start to end on the tiny model, and what it refuses before a model is loaded."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from bivec import Encoder, cli
+from bivec.engine.outputs import AtomicFile
 from bivec.evaluation import tasks
 from bivec.evaluation.report import Report
 from bivec.evaluation.sts import cosines, read_tasks
@@ -57,6 +60,30 @@ def test_sts_of_two_windows_compared(run, similarity_folder, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_is_drawn_where_it_is_asked_for_and_free(run, similarity_folder, tmp_path, monkeypatch):
+    run("sts", similarity_folder, name="a")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = tmp_path / "a.json"
+    before = result.read_bytes()
+    assert invoke("compare", result, result).exit_code == 0
+    assert os.listdir() == []
+    (tmp_path / "thesis.png").write_text("not a picture")
+    for output, options, message in [
+        (result, [], "a.json exists; --overwrite replaces it"),
+        (result, ["--overwrite"], "a.json is not overwritten: it is nothing that this command wrote"),
+        (tmp_path / "thesis.png", ["--overwrite"], "thesis.png is not overwritten"),
+    ]:
+        found = invoke("compare", result, result, "--output", output, *options)
+        assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+        assert message in found.stderr
+        assert "small test model spearman" in found.stdout
+    assert (result.read_bytes(), (tmp_path / "thesis.png").read_text()) == (before, "not a picture")
+    for options in ([], ["--overwrite"]):
+        assert invoke("compare", result, result, "--output", "a.png", *options).exit_code == 0
+    assert os.listdir() == ["a.png"]
+
+
 def test_classification(run, labelled_folder):
     _, report = run("classification", labelled_folder, "--baseline", "--seeds", "2")
     found = {(score.dataset, score.system): score for score in report.scores}
@@ -85,7 +112,9 @@ def test_anisotropy(run, text_file):
 
 
 def test_the_same_texts_are_drawn_every_time(run, text_file):
-    first, again, other = (run("anisotropy", text_file, "--num-texts", count)[1].data for count in (5, 5, 6))
+    first, again, other = (
+        run("anisotropy", text_file, "--num-texts", count, "--overwrite")[1].data for count in (5, 5, 6)
+    )
     assert first == again != other
 
 
@@ -142,6 +171,53 @@ def test_an_output_in_no_folder_is_refused_before_the_work(similarity_folder, mo
     found = invoke("sts", "--data", similarity_folder, "--model", "m", "--output", "nowhere/r.json")
     assert found.exit_code == 2
     assert "the folder 'nowhere' does not exist" in found.stderr
+
+
+def test_an_output_that_must_not_be_written_is_refused_before_the_work(run, similarity_folder, tmp_path, monkeypatch):
+    run("sts", similarity_folder)
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link.json").symlink_to("report.json")
+    data = similarity_folder / "small-test.csv"
+    before = {path: path.read_bytes() for path in [*tmp_path.glob("*.*"), *similarity_folder.iterdir()]}
+    for output, options, message in [
+        (tmp_path / "report.json", [], "report.json exists; --overwrite replaces it"),
+        (
+            tmp_path / "notes.txt",
+            ["--overwrite"],
+            "notes.txt is not overwritten: it is nothing",
+        ),
+        (tmp_path / "link.json", ["--overwrite"], "link.json is a folder, a link or a device"),
+        (data, [], "small-test.csv exists"),
+        (data, ["--overwrite"], "small-test.csv is not overwritten"),
+        (similarity_folder / "r.json", [], "the output lies within the input"),
+        ("/dev/null", ["--overwrite"], "/dev/null is a folder, a link or a device"),
+        (similarity_folder, ["--overwrite"], "pairs is a folder, a link or a device"),
+        ("", [], "is a folder"),
+    ]:
+        found = invoke("sts", "--data", similarity_folder, "--model", "m", "--output", output, *options)
+        assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.output
+        assert message in found.stderr
+    after = {path: path.read_bytes() for path in [*tmp_path.glob("*.*"), *similarity_folder.iterdir()]}
+    assert after == before
+
+
+def test_an_earlier_result_is_replaced_when_asked(run, similarity_folder, tmp_path):
+    run("sts", similarity_folder)
+    _, report = run("sts", similarity_folder, "--split", "dev", "--overwrite")
+    assert report.settings["split"] == "dev"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs", "report.json"]
+
+
+def test_a_result_that_cannot_be_written_is_still_printed(similarity_folder, tiny_llama_folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(AtomicFile, "finish", fail)
+    found = invoke(*("sts", "--model", tiny_llama_folder, "--data", similarity_folder, "--output", tmp_path / "r.json"))
+    assert (found.exit_code, found.stderr) == (1, f"error: {tmp_path / 'r.json'}: No space left on device\n")
+    assert "spearman" in found.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs"]
 
 
 def test_reports_of_two_tasks_are_not_compared(tmp_path):

@@ -1,5 +1,6 @@
 """Reports: written whole or not at all, compared on the same items, drawn."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bivec.engine.outputs import open_output
 from bivec.evaluation import comparison, extras
-from bivec.evaluation.comparison import compare, draw
-from bivec.evaluation.report import Report, Score, fingerprint, table
+from bivec.evaluation.comparison import compare, draw, is_picture
+from bivec.evaluation.report import Report, Score, fingerprint, is_report, table
 from bivec.evaluation.statistics import paired_difference, spearman
 
 
@@ -28,7 +30,8 @@ def make_report(*scores: Score, task: str = "sts", data: str = "same") -> Report
 def test_a_report_is_read_as_it_was_written(tmp_path):
     undefined = Score("set", "test", "model", "pearson", float("nan"), float("nan"), float("nan"))
     report = make_report(similarity_score(1), Score("set", "all", "model", "readiness", 0.3, layer=2), undefined)
-    report.write(tmp_path / "r.json")
+    with open_output(tmp_path / "r.json", overwrite=False, is_own=is_report) as publish:
+        publish(report.to_json())
     found = Report.read(tmp_path / "r.json")
     assert np.isnan(found.scores.pop().value)
     report.scores.pop()
@@ -39,25 +42,42 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
-    path.write_text("before")
+    before = make_report(similarity_score(1)).to_json()
+    path.write_bytes(before)
 
     def fail(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        make_report(similarity_score(1)).write(path)
-    assert path.read_text() == "before"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*r\.json"),
+        open_output(path, overwrite=True, is_own=is_report) as publish,
+    ):
+        publish(make_report(similarity_score(2)).to_json())
+    assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["r.json"]
 
 
 def test_whoever_reads_the_old_report_keeps_it_whole(tmp_path):
     path = tmp_path / "r.json"
-    path.write_text("before")
-    with path.open() as reader:
-        make_report(similarity_score(1)).write(path)
-        assert reader.read() == "before"
+    before = make_report(similarity_score(1), task="generation").to_json()
+    path.write_bytes(before)
+    with path.open("rb") as reader:
+        with open_output(path, overwrite=True, is_own=is_report) as publish:
+            publish(make_report(similarity_score(1)).to_json())
+        assert reader.read() == before
     assert Report.read(path).task == "sts"
+
+
+def test_one_run_alone_writes_a_report(tmp_path):
+    path = tmp_path / "r.json"
+    with (
+        open_output(path, overwrite=False, is_own=is_report),
+        pytest.raises(FileExistsError, match="another run is writing this output"),
+        open_output(path, overwrite=False, is_own=is_report),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 SCORE = {"dataset": "set", "split": "test", "system": "model", "metric": "accuracy", "value": 1}
@@ -162,8 +182,9 @@ def test_the_picture_has_a_panel_a_metric(tmp_path, suffix):
     undefined = Score("set", "test", "model", "pearson", float("nan"))
     first, second = make_report(similarity_score(1), undefined, *layers), make_report(similarity_score(2), *layers)
     path = tmp_path / f"picture{suffix}"
-    draw(compare(first, second), ("a", "b"), path)
-    content = path.read_bytes()
+    content = draw(compare(first, second), ("a", "b"), path)
+    path.write_bytes(content)
+    assert is_picture(path)
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     if suffix == ".svg":
         assert [f"<!-- {title} -->".encode() in content for title in ("spearman", "pearson", "readiness")] == [True] * 3
