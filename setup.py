@@ -26,9 +26,9 @@ setup(
     package_data={"bivec": ["py.typed"], "bivec.engine": ["default_model/*", "default_model/*/*"]},
     entry_points={"console_scripts": ["bivec = bivec.cli:main"]},
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "triton>=3.6; sys_platform == 'linux'",
-        "transformers>=5.3",
+        "transformers>=5.3,<6",
         "huggingface-hub>=1.0",
         "tokenizers>=0.22",
         "peft>=0.18",
@@ -48,6 +48,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.150",
+            "sentence-transformers>=6",
             "scikit-learn>=1.5",
             "scipy>=1.13",
             "matplotlib>=3.9",
@@ -62,6 +63,7 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -29,7 +29,8 @@ def describe_machine(device: str | torch.device = "cpu", dtypes: Sequence[str] =
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # torch's own name of its version tells the build, +cpu or +cu130, which the package's need not
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": model,
         "cpu_flags": flags,
