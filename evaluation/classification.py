@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..texts.files import is_file
 from .extras import needed
 from .report import Score
 from .splits import Split, find_splits, looked_for
@@ -60,7 +61,7 @@ def read_tasks(folder: Path, split: Split) -> list[ClassificationTask]:
     """
     splits = find_splits(folder, EXTENSIONS)
     taken = {path for files in splits.values() for path in files.values()}
-    whole = {path.stem: {"train": path} for path in sorted(folder.glob("*.all")) if path not in taken}
+    whole = {path.stem: {"train": path} for path in sorted(folder.glob("*.all")) if path not in taken and is_file(path)}
     tasks = []
     for name, files in sorted((splits | whole).items()):
         if name in splits and split == "test" and "test" not in files:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from ..texts.files import is_file
+
 Split = Literal["train", "dev", "test"]
 _SPLIT = re.compile(r"(?:(.*)[-_.])?(train|dev|test)")
 
@@ -16,7 +18,7 @@ def find_splits(folder: Path, extensions: Sequence[str]) -> dict[str, dict[str, 
         extensions: what may stand behind, the first that fits counts; `""` for nothing.
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: two files are the same split of a data set.
+        ValueError: two files are the same split of a data set, or one is no regular file.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; --data is one that holds a task's files")
@@ -24,7 +26,7 @@ def find_splits(folder: Path, extensions: Sequence[str]) -> dict[str, dict[str, 
     for path in sorted(folder.iterdir()):
         extension = next((extension for extension in extensions if path.name.endswith(extension)), None)
         match = None if extension is None else _SPLIT.fullmatch(path.name.removesuffix(extension))
-        if match and path.is_file():
+        if match and is_file(path):
             name, split = match.group(1) or folder.resolve().name, match.group(2)
             other = found.setdefault(name, {}).setdefault(split, path)
             if other is not path:

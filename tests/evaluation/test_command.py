@@ -138,6 +138,18 @@ def test_absent_data_is_one_line(tmp_path, monkeypatch, task, message):
 
 
 @pytest.mark.parametrize(
+    ("task", "name"),
+    [("sts", "a-test.csv"), ("classification", "a.test"), ("classification", "a.all"), ("generation", "a.txt")],
+)
+def test_a_pipe_among_the_data_is_refused(tmp_path, monkeypatch, task, name):
+    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+    os.mkfifo(tmp_path / name)
+    found = invoke(task, "--data", tmp_path, "--model", "m")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"error: {tmp_path / name}: a regular file is needed")
+
+
+@pytest.mark.parametrize(
     ("task", "name", "content", "status", "message"),
     [
         ("sts", "a-test.csv", b"a,b,1\nc,d\n", 2, "data/a-test.csv:2: 3 fields are needed"),
