@@ -1,122 +1,199 @@
-"""PEFT LoRA folders stacked on a packed Llama or merged into it, in order, with every tensor accounted for."""
+"""PEFT LoRA folders stacked on a packed Llama or merged into it, in order, with every tensor accounted for.
 
-import json
-from collections.abc import Sequence
+A module's name is what PEFT saw when the adapter was trained: `model.layers.0…` within a causal language model,
+`layers.0…` without one. Its tensors' names say which, so its patterns match here what they matched there.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .adapter_config import ADAPTER_CONFIG, RESIDUAL_INITS, read_adapter_config
 from .checkpoints import Checkpoint
 from .config import ModelConfig
 from .model import LlamaModel
-from .weights import list_problems, load_model, read_tensors
+from .weights import StoredTensor, list_problems, load_model, read_headers, read_tensors
 
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration of a PEFT folder; raises ValueError for what cannot be merged into an encoder."""
-    path = folder / "adapter_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        peft_type = values.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a JSON object") from error
-    if peft_type != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, got {peft_type!r}")
-    for key in (
-        "auto_mapping_code",
-        "modules_to_save",
-        "trainable_token_indices",
-        "megatron_config",
-        "use_dora",
-        "lora_bias",
-    ):
-        if values.get(key):
-            raise ValueError(f"{path}: {key} is not supported, got {values[key]!r}")
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias must be none, got {values['bias']!r}")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no LoRA configuration that PEFT can read: {error}") from error
-    config.task_type = None  # the encoder has no head: PEFT's task wrappers do not apply
-    config.inference_mode = True
-    return config
+_TENSORS = "adapter_model.safetensors"
+_WRAPPER = "base_model.model."  # PEFT's own, before every name in a file
+CAUSAL = "model."  # before a name as it stands in a causal language model
 
 
 def stack_adapters(model: nn.Module, folders: Sequence[Path]) -> list[str]:
     """Put the adapters of `folders` beside `model`'s linears, float32, frozen and not yet active; returns their names.
 
+    What PiSSA and OLoRA took out of the weights, earlier adapters included, is taken out of `model`'s in place.
+
     Raises:
-        ValueError: a folder without safetensors, or with tensors that do not fit (an adapter of another base).
+        ValueError: a folder whose adapter does not fit (one of another base), or one that can only be merged (DoRA).
+        FileNotFoundError: a folder without safetensors.
     """
-    names = [f"stage_{place}" for place in range(len(folders))]
+    names, inits = _add_all(model, folders)
     for name, folder in zip(names, folders, strict=True):
-        config = read_adapter_config(folder)
-        try:
-            inject_adapter_in_model(config, model, adapter_name=name)
-        except ValueError as error:  # no module has such a name
-            raise ValueError(f"{folder / 'adapter_config.json'} does not fit the base: {error}") from error
-        load_adapter(model, name, folder)
+        if any(name in module.lora_magnitude_vector for module in _lora_layers(model)):
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: use_dora can be merged, not stacked; export the model first")
+    for place, (name, init) in enumerate(zip(names, inits, strict=True)):
+        take_out(model, name, init, earlier=names[:place])
     return names
 
 
 def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
     """Add the adapters of `folders` to `model`'s weights in place; each weight's sum is taken in float32, rounded once.
 
-    Raises as `stack_adapters`.
+    Each adapter stands on what those before it made of the weights.
+
+    Raises as `stack_adapters`; DoRA is merged.
     """
-    names = stack_adapters(model, folders)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            base = module.get_base_layer()
-            dtype = base.weight.dtype
-            base.weight.data = base.weight.data.float()
-            module.merge(safe_merge=True, adapter_names=names)
-            base.weight.data = base.weight.data.to(dtype)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, base)
+    names, inits = _add_all(model, folders)
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        dtype = base.weight.dtype
+        base.weight.data = base.weight.data.float()
+        for name, init, folder in zip(names, inits, folders, strict=True):
+            if name not in module.lora_A:
+                continue
+            if init in RESIDUAL_INITS:
+                base.weight.data = base.weight.data - _initial(module, name, init, base.weight.data)
+            module.merge(adapter_names=[name])
+            module.merged_adapters.clear()  # for the next one these are the weights
+            if not torch.isfinite(base.weight).all():
+                raise ValueError(f"{folder}: {path}.weight is not finite with this adapter merged into it")
+        base.weight.data = base.weight.data.to(dtype)
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, base)
 
 
 def load_merged(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> LlamaModel:
-    """A checkpoint's base in `dtype`, its adapters merged; raises as `load_model` and `stack_adapters`."""
+    """A checkpoint's base in `dtype`, its adapters merged; raises as `load_model` and `merge_adapters`."""
     llama = load_model(LlamaModel, checkpoint.base, dtype, config)
     merge_adapters(llama, checkpoint.adapters)
     return llama
 
 
-def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
-    """Fill the injected adapter `name` from `folder`, strictly."""
-    path = folder / "adapter_model.safetensors"
+def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -> str:
+    """Inject the adapter `name` into `model`, filled from `folder`, float32, where the base may have 16 bits.
+
+    PEFT's own matching code runs, on the names that it saw in training. Nothing is allocated before names and shapes
+    are known to fit.
+
+    Args:
+        config: as `read_adapter_config(folder)` gives it; not changed.
+    Returns:
+        `CAUSAL` where its tensors are named as in a causal language model, else "".
+    Raises:
+        ValueError, FileNotFoundError: as `stack_adapters`.
+    """
+    path = folder / _TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; an adapter must be in safetensors (a pickle is refused)")
-    for module in model.modules():
-        if isinstance(module, LoraLayer):  # PEFT makes the pair in the base's dtype, which may be 16 bits
-            for pair in (module.lora_A, module.lora_B):
-                if name in pair:
-                    pair[name].float()
-    made = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    expected = {_plain(key): (key, value) for key, value in made.items()}
-    loaded: dict[str, torch.Tensor] = {}
+    stored = list(read_headers([path]))
+    prefix = CAUSAL if any(one.name.removeprefix(_WRAPPER).startswith(CAUSAL) for one in stored) else ""
+    _inject(model, name, config, prefix, folder / ADAPTER_CONFIG)
+    expected = {file_key: (key, parameter) for file_key, key, parameter in _parameters(model, name)}
+    found: dict[StoredTensor, str] = {}
     problems = []
-    for _, file_key, tensor in read_tensors([path]):
-        key, target = expected.get(_plain(file_key), (None, None))
-        if key is None or target is None:
-            problems.append(f"unexpected {file_key}")
-        elif tensor.shape != target.shape:
-            problems.append(f"{file_key} must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{file_key} holds NaN or infinity")
-        else:
-            loaded[key] = tensor
-    problems += [f"missing {plain}" for plain, (key, _) in expected.items() if key not in loaded]
+    for one in stored:
+        plain = one.name.removeprefix(_WRAPPER)
+        file_key = plain.removeprefix(prefix)
+        if file_key not in expected or not plain.startswith(prefix):
+            problems.append(f"unexpected {one.name}")
+        elif problem := one.problem(expected[file_key][1].shape):
+            problems.append(problem)
+        elif file_key in found.values():
+            problems.append(f"{one.name} stands there twice")
+        found[one] = file_key
+    problems += [f"missing {prefix}{file_key}" for file_key in expected.keys() - set(found.values())]
+    if not problems:
+        for one, tensor in read_tensors(found):
+            if not torch.isfinite(tensor).all():
+                problems.append(f"{one.name} holds NaN or infinity")
+            key, parameter = expected[found[one]]
+            owner, _, attribute = key.rpartition(".")
+            filled = nn.Parameter(tensor.float(), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, filled)
     if problems:
-        raise ValueError(f"{path} does not fit this base: {list_problems(problems)}")
-    set_peft_model_state_dict(model, loaded, adapter_name=name)
+        raise ValueError(f"{path} does not fit this base: {list_problems(sorted(problems))}")
+    return prefix
 
 
-def _plain(key: str) -> str:
-    """An adapter tensor's name without the wrappers of whoever saved it (PEFT's, a causal model's)."""
-    return key.removeprefix("base_model.model.").removeprefix("model.")
+def take_out(model: nn.Module, name: str, init: object, earlier: Sequence[str]) -> None:
+    """Take what the adapter `name` began with out of `model`'s weights, as PEFT does where `init` is PiSSA or OLoRA.
+
+    Its file holds the part as it became, so the weights must hold the rest. `earlier` adapters count as weights.
+    """
+    if init not in RESIDUAL_INITS:
+        return
+    for module in _lora_layers(model):
+        if name in module.lora_A:
+            weight = module.get_base_layer().weight
+            whole = weight.data.float()
+            for other in earlier:
+                if other in module.lora_A:
+                    whole = whole + module.get_delta_weight(other)
+            weight.data = (weight.data.float() - _initial(module, name, init, whole)).to(weight.dtype)
+
+
+@torch.no_grad()
+def _initial(module: LoraLayer, name: str, init: object, weight: torch.Tensor) -> torch.Tensor:
+    """The product of rank r that an adapter begins with, float32 and shaped as `weight`: its r largest singular values
+    (PiSSA, arXiv:2404.02948), or the first r columns of its QR decomposition, scaled (OLoRA, arXiv:2406.01775)."""
+    rank = module.r[name]
+    if init == "pissa":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        return (left[:, :rank] * values[:rank]) @ right[:rank]
+    q, r = torch.linalg.qr(weight)
+    return module.scaling[name] * q[:, :rank] @ r[:rank]
+
+
+def _add_all(model: nn.Module, folders: Sequence[Path]) -> tuple[list[str], list[object]]:
+    """Inject the adapters under names of their own; returns these and how each was initialised."""
+    names, inits = [], []
+    for place, folder in enumerate(folders):
+        config = read_adapter_config(folder)
+        names.append(f"stage_{place}")
+        inits.append(config.init_lora_weights)
+        add_adapter(model, names[-1], folder, config)
+    return names, inits
+
+
+class _Inside(nn.Module):
+    """A model under the name that it has in a causal language model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+def _inject(model: nn.Module, name: str, config: LoraConfig, prefix: str, path: Path) -> None:
+    config = copy.copy(config)
+    config.init_lora_weights = False  # the file's tensors are the truth: compute nothing from the base
+    earlier = model.__dict__.pop("peft_config", {})  # PEFT would warn of them
+    try:
+        with torch.device("meta"):
+            inject_adapter_in_model(config, _Inside(model) if prefix else model, adapter_name=name)
+    except ValueError as error:  # no module has such a name
+        raise ValueError(f"{path} does not fit the base: {str(error).splitlines()[0]}") from error
+    model.peft_config = earlier | {name: config}  # where PEFT looks for it
+    for place, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
+            raise ValueError(f"{path}: target_modules may only name linears, got {prefix}{place}")
+
+
+def _parameters(model: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """An adapter's parameters: the name in its file (without prefixes), the name in `model`, and itself."""
+    marker = f".{name}."
+    for key, parameter in model.named_parameters():
+        if marker in key:
+            file_key = key.replace(marker, ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            yield file_key, key, parameter
+
+
+def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))

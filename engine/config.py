@@ -4,12 +4,14 @@ Both spellings are read: that of published checkpoints (`rope_theta` and `rope_s
 (`rope_parameters`). Defaults for absent keys are those of transformers' configuration classes.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .json_files import read_object
 
 # window of one layer, as flash-attention writes it: (tokens seen to the left, tokens seen to the right), -1 for all
 Window = tuple[int, int]
@@ -36,6 +38,11 @@ _UNSUPPORTED_KEYS: dict[str, tuple] = {
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
 }
+
+# far beyond what exists, and small enough that a product of two is a tensor's size
+_LARGEST = 2**24
+_MOST_LAYERS = 4096
+_MOST_POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds config.json and *.safetensors")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    values = read_object(path)
     try:
         return parse_config(values)
     except ValueError as error:
@@ -146,68 +148,79 @@ def parse_config(values: dict) -> ModelConfig:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
     for key, neutral in _UNSUPPORTED_KEYS.items():
         if values.get(key) not in neutral:
-            raise ValueError(f"{key} is not supported, got {values[key]!r}")
+            raise ValueError(f"{key} is not supported, got {values[key]!r:.80}")
     if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act must be silu, got {values['hidden_act']!r}")
+        raise ValueError(f"hidden_act must be silu, got {values['hidden_act']!r:.80}")
 
-    hidden_size = _positive_int(values, "hidden_size")
-    num_layers = _positive_int(values, "num_hidden_layers")
-    num_heads = _positive_int(values, "num_attention_heads")
-    default_heads = {"num_key_value_heads": num_heads} if model_type == "llama" else {}
-    num_key_value_heads = _positive_int(default_heads | _present(values), "num_key_value_heads")
+    hidden_size = _integer(values, "hidden_size")
+    num_layers = _integer(values, "num_hidden_layers", most=_MOST_LAYERS)
+    num_heads = _integer(values, "num_attention_heads")
+    num_key_value_heads = _integer(values, "num_key_value_heads", num_heads if model_type == "llama" else None)
     if num_heads % num_key_value_heads:
         raise ValueError(
             f"num_key_value_heads must divide num_attention_heads ({num_heads}), got {num_key_value_heads}"
         )
-    default_head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
-    head_dim = _positive_int({"head_dim": default_head_dim} | _present(values), "head_dim")
+    if model_type != "qwen3" and values.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(f"num_attention_heads must divide hidden_size ({hidden_size}), got {num_heads}")
+    head_dim = _integer(values, "head_dim", 128 if model_type == "qwen3" else hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary embedding, got {head_dim}")
-    attention_bias = bool(values.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+    if num_heads * head_dim > _LARGEST:
+        raise ValueError(f"num_attention_heads times head_dim must be at most {_LARGEST}, got {num_heads * head_dim}")
+    attention_bias = _flag(values, "attention_bias") and model_type in ("llama", "qwen3")
     return ModelConfig(
         model_type=model_type,
-        vocab_size=_positive_int(values, "vocab_size"),
+        vocab_size=_integer(values, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_positive_int(values, "intermediate_size"),
+        intermediate_size=_integer(values, "intermediate_size"),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=_positive_int(values, "max_position_embeddings"),
+        rms_norm_eps=_positive({"rms_norm_eps": 1e-6} | values, "rms_norm_eps"),
+        max_position_embeddings=_integer(values, "max_position_embeddings", most=_MOST_POSITIONS),
         rope=_parse_rope(values),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(values, "tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)) and model_type == "llama",
+        mlp_bias=_flag(values, "mlp_bias") and model_type == "llama",
         qk_norm=model_type == "qwen3",
         sliding_windows=_parse_sliding_windows(values, model_type, num_layers),
     )
 
 
 def _parse_rope(values: dict) -> Rope:
-    theta = values.get("rope_theta")
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    # in transformers rope_scaling replaces rope_parameters, theta included
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"rope_parameters must be an object, got {scaling!r}")
-    theta = float(scaling.get("rope_theta") or theta or 10000.0)
+        raise ValueError(f"rope_parameters must be an object, got {scaling!r:.80}")
+    nested = next((key for key, value in scaling.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(f"rope_parameters must hold for all layers, got some of their own for {nested!r:.80}")
+    theta = _positive({"rope_theta": 10000.0} | _present(values) | _present(scaling), "rope_theta")
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r:.80}")
     if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor is not supported, got {scaling['partial_rotary_factor']!r}")
+        raise ValueError(f"partial_rotary_factor is not supported, got {scaling['partial_rotary_factor']!r:.80}")
     if rope_type == "default":
         return Rope(theta=theta)
+    factor = _positive(scaling, "factor")
     if rope_type == "linear":
-        return Rope(theta=theta, rope_type=rope_type, factor=_positive_float(scaling, "factor"))
-    original = scaling.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+        return Rope(theta=theta, rope_type=rope_type, factor=factor)
+    low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be less than high_freq_factor ({high:g}), got {low:g}")
+    # the key beside rope_parameters comes before the one inside, as in transformers
+    original = {"original_max_position_embeddings": values.get("max_position_embeddings")}
+    original |= _present(scaling) | _present(values)
     return Rope(
         theta=theta,
         rope_type=rope_type,
-        factor=_positive_float(scaling, "factor"),
-        low_freq_factor=_positive_float(scaling, "low_freq_factor"),
-        high_freq_factor=_positive_float(scaling, "high_freq_factor"),
-        original_max_position_embeddings=int(original or values["max_position_embeddings"]),
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=_integer(original, "original_max_position_embeddings", most=_MOST_POSITIONS),
     )
 
 
@@ -216,23 +229,21 @@ def _parse_sliding_windows(values: dict, model_type: str, num_layers: int) -> tu
         # LlamaConfig has no such key: transformers ignores it there, so a window would change the model
         return (None,) * num_layers
     window = values.get("sliding_window", 4096)
-    if model_type != "mistral" and not values.get("use_sliding_window", False):
+    if not _flag(values, "use_sliding_window") and model_type != "mistral":
         window = None
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"sliding_window must be a positive integer or null, got {window!r}")
-    if model_type == "mistral":
-        if len(set(values.get("layer_types") or ())) > 1:
-            raise ValueError(f"layer_types of mistral must not alternate, got {values['layer_types']}")
-        return (window,) * num_layers
+    if window is not None:
+        window = _integer({"sliding_window": window}, "sliding_window", most=_MOST_POSITIONS)
     layer_types = values.get("layer_types")
     if layer_types is None:
-        first = values.get("max_window_layers", 28)
-        layer_types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    if len(layer_types) != num_layers:
-        raise ValueError(f"layer_types must hold {num_layers} entries, got {len(layer_types)}")
-    unknown = set(layer_types) - {"sliding_attention", "full_attention"}
+        first = 0 if model_type == "mistral" else _integer(values, "max_window_layers", 28, least=0)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise ValueError(f"layer_types must hold {num_layers} entries, got {layer_types!r:.80}")
+    unknown = [kind for kind in layer_types if kind not in ("sliding_attention", "full_attention")]
     if unknown:
-        raise ValueError(f"layer_types must be full_attention or sliding_attention, got {sorted(unknown)}")
+        raise ValueError(f"layer_types must be full_attention or sliding_attention, got {unknown[0]!r:.80}")
+    if window is None and "sliding_attention" in layer_types:
+        raise ValueError("layer_types asks for sliding_attention, but there is no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
@@ -245,15 +256,27 @@ def _present(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _positive_int(values: dict, key: str) -> int:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+def _integer(values: dict, key: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
+    """`values[key]`, or the default where the key is absent or null and there is one."""
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{key} must be {kind}, got {value!r:.80}")
+    if value > most:
+        raise ValueError(f"{key} must be at most {most}, got {value}")
     return value
 
 
-def _positive_float(values: dict, key: str) -> float:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"rope scaling needs {key} as a positive number, got {value!r}")
+def _positive(values: dict, key: str) -> float:
+    value: Any = values.get(key)
+    # a bound below infinity: a Python integer may be larger than any float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"{key} must be a positive number, got {value!r:.80}")
     return float(value)
+
+
+def _flag(values: dict, key: str) -> bool:
+    value = values.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key} must be true or false, got {value!r:.80}")
+    return bool(value)

@@ -70,7 +70,7 @@ class Encoder:
     def from_pretrained(
         cls,
         model: str | Path | None = None,
-        adapters: Sequence[str | Path] = (),
+        adapters: str | Path | Sequence[str | Path] = (),
         pooling: str | None = None,
         max_length: int | None = None,
         device: str | torch.device = "auto",
@@ -87,7 +87,7 @@ class Encoder:
         Args:
             model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter
                 of one, or of a run of `bivec train`; default the small demonstration encoder that comes with bivec.
-            adapters: further LoRA adapters, merged in this order.
+            adapters: further LoRA adapters or runs, merged in this order; a run brings the adapters that it stands on.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
             max_length: tokens a text is cut to, special tokens included, never more than the model has positions;
                 default the `max_seq_length` of a folder in sentence-transformers' layout, else 512.
@@ -105,7 +105,7 @@ class Encoder:
         if pooling is not None and pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
-        checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, tuple(adapters), hub)
+        checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, adapters, hub)
         config = load_config(checkpoint.base)
         backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
         if max_length is None:

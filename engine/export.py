@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from .adapters import load_merged
 from .checkpoints import resolve
 from .config import BIDIRECTIONAL, load_config
+from .json_files import read_object
 from .ops import DTYPES
 from .prompts import model_prompts
 from .run_folder import RunDescription
@@ -26,7 +27,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    adapters: Sequence[str | Path] = (),
+    adapters: str | Path | Sequence[str | Path] = (),
     pooling: str | None = None,
     max_length: int | None = None,
     dtype: str = "bfloat16",
@@ -49,7 +50,7 @@ def export(
         raise FileExistsError(f"{output} exists and is not empty")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    checkpoint = resolve(model, tuple(adapters))
+    checkpoint = resolve(model, adapters)
     config = load_config(checkpoint.base)
     run = checkpoint.run
     pooling = pooling or (run.pooling if run else "mean")
@@ -89,7 +90,7 @@ def export(
 
 
 def _write_config(base: Path, folder: Path, dtype: str) -> None:
-    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    values = read_object(base / "config.json")
     values.pop("torch_dtype", None)
     architectures = [name.replace("ForCausalLM", "Model") for name in values.get("architectures") or []]
     _write_json(folder / "config.json", values | {"architectures": architectures, "dtype": dtype, "is_causal": False})
@@ -99,7 +100,7 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files; one that cannot pad gets a padding token, without which peers refuse it."""
     copy_tokenizer(source, folder)
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_object(path) if path.is_file() else {}
     if values.get("pad_token") is None:
         end = values.get("eos_token") or values.get("bos_token")
         if end is not None:

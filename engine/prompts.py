@@ -4,10 +4,10 @@ An *instruction* (of training, of `bivec embed`, of LLM2Vec's pairs, of a run) i
 *prompt* (of `encode`, of sentence-transformers' configuration) is put before a text as it is.
 """
 
-import json
 from pathlib import Path
 
 from .checkpoints import Checkpoint
+from .json_files import read_object
 from .run_folder import RunDescription
 
 CONFIG_FILE = "config_sentence_transformers.json"
@@ -37,11 +37,8 @@ def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return {}, None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        prompts, default = values.get("prompts"), values.get("default_prompt_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a JSON object") from error
+    values = read_object(path)
+    prompts, default = values.get("prompts"), values.get("default_prompt_name")
     prompts = {} if prompts is None else prompts
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise ValueError(f"{path}: prompts must be strings by name, got {prompts!r:.80}")

@@ -7,9 +7,11 @@ it in `earlier/1`, `earlier/2`, …, and names its base; a run of full fine-tuni
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..kernels.pooling import POOLING_MODES
 from .config import BIDIRECTIONAL, Window
+from .json_files import read_object
 
 RUN_FILE = "bivec.json"
 EARLIER = "earlier"
@@ -50,20 +52,20 @@ class RunDescription:
         path = folder / RUN_FILE
         if not path.is_file():
             return None
+        values = read_object(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            run = cls(**(values | {key: tuple(values[key]) for key in ("earlier", "window")}))
-        except (ValueError, KeyError, TypeError) as error:
+            run = cls(**(values | {key: _as_tuple(values, key) for key in ("earlier", "window")}))
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} must describe a run, as `bivec train` writes it: {error}") from error
         run._check(path)
         return run
 
     def _check(self, path: Path) -> None:
-        if self.pooling not in POOLING_MODES:
+        if self.pooling not in tuple(POOLING_MODES):
             raise ValueError(f"{path}: pooling must be one of {', '.join(POOLING_MODES)}, got {self.pooling!r}")
-        if len(self.window) != 2 or not all(isinstance(bound, int) and bound >= -1 for bound in self.window):
+        if len(self.window) != 2 or not all(type(bound) is int and -1 <= bound < 2**31 for bound in self.window):
             raise ValueError(f"{path}: window must be two numbers of at least -1, got {self.window!r}")
-        if not self.pools_special_tokens:
+        if self.pools_special_tokens is not True:
             raise ValueError(f"{path}: pools_special_tokens must be true, got {self.pools_special_tokens!r}")
         for name in self.earlier:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -74,3 +76,11 @@ class RunDescription:
             raise ValueError(
                 f"{path}: symmetric_instruction must be true or false, got {self.symmetric_instruction!r:.80}"
             )
+        if type(self.readout_shift) is not int or self.readout_shift not in (0, 1):
+            raise ValueError(f"{path}: readout_shift must be 0 or 1, got {self.readout_shift!r:.80}")
+
+
+def _as_tuple(values: dict[str, Any], key: str) -> tuple:
+    if not isinstance(values[key], list):
+        raise TypeError(f"{key} must be a list")
+    return tuple(values[key])

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import tokenizers
 import transformers
 
+from .json_files import read_object
+
 # what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -162,10 +164,7 @@ def own_max_length(folder: Path) -> int:
     path = folder / MAX_LENGTH_FILE
     if not path.is_file():
         return _MAX_LENGTH
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a JSON object") from error
+    found = read_object(path).get("max_seq_length")
     if found is None:
         return _MAX_LENGTH
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:

@@ -3,21 +3,41 @@
 Pickle checkpoints are refused. Tensors whose dtype is already the wanted one stay memory-mapped.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .config import ModelConfig, load_config
+from .json_files import read_object
 from .model import LanguageModel, LlamaModel
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F16", "BF16", "F32", "F64")
 Model = TypeVar("Model", bound=LlamaModel | LanguageModel)
 _LISTED = 10  # names that an error lists
+
+
+class StoredTensor(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def problem(self, expected: Sequence[int]) -> str | None:
+        """Why it cannot be a weight of the expected shape; None where it can."""
+        place = f"{self.name} in {self.path.name}"
+        if self.dtype not in _DTYPES:
+            return f"{place} must be floating point ({', '.join(_DTYPES)}), got {self.dtype}"
+        if self.shape != tuple(expected):
+            return f"{place} must have shape {tuple(expected)}, got {self.shape}"
+        return None
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -28,107 +48,133 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         ValueError: there is only a pickle, or the index names a path outside the folder.
     """
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / _INDEX).is_file():
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise ValueError(
                 f"{folder} holds {', '.join(pickles)} but no safetensors; a pickle can run code when it is loaded, "
                 "convert it with transformers' save_pretrained"
             )
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} must hold a JSON object with a weight_map of tensor names to files") from error
+        raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
+    names = set(_read_index(folder / _INDEX).values())
     for name in names:
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: a shard must be the name of a .safetensors file in that folder, got {name!r}")
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist, but {index.name} names it")
-    return [folder / name for name in names]
+            raise FileNotFoundError(f"{folder / name} does not exist, but {_INDEX} names it")
+    return [folder / name for name in sorted(names)]
 
 
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """Every tensor of the files as `(file, name, tensor)`; raises ValueError naming a file that cannot be read."""
+def read_headers(files: Iterable[Path]) -> Iterator[StoredTensor]:
+    """Every tensor of the files, unread; raises ValueError naming a file that cannot be read."""
     for path in files:
         try:
             with safe_open(path, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (safe_open is no dictionary)
-                    yield path, name, tensors.get_tensor(name)
+                    part = tensors.get_slice(name)
+                    yield StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
+    """The tensors themselves, file by file."""
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for one in stored:
+        by_file.setdefault(one.path, []).append(one)
+    for path, wanted in by_file.items():
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            for one in wanted:
+                yield one, tensors.get_tensor(one.name)
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, config: ModelConfig | None = None) -> Model:
     """A `LlamaModel` or `LanguageModel` with the weights of a base checkpoint's folder, on the CPU.
 
+    Nothing is built before the files are known to hold as many layers as the configuration asks for, and nothing is
+    read before all names, shapes and dtypes fit.
+
     Args:
         dtype: of the weights.
         config: default the folder's.
     Raises:
-        ValueError, FileNotFoundError: as `load_config`, `checkpoint_files` and `load_weights`.
+        ValueError: names missing, unexpected, doubled or misshapen tensors, one that its index places in another
+            file, or one that holds NaN or infinity; else as `load_config` and `checkpoint_files`.
+        FileNotFoundError: as these.
     """
+    config = config or load_config(folder)
+    stored, problems = _find(folder, _encoder_name if kind is LlamaModel else _language_model_name)
+    layers = {name.partition("layers.")[2].partition(".")[0] for name in stored if "layers." in name}
+    absent = next((place for place in range(config.num_hidden_layers) if str(place) not in layers), None)
+    if absent is not None:
+        raise ValueError(
+            f"{folder} does not fit its config.json: num_hidden_layers is {config.num_hidden_layers}, "
+            f"but there is no tensor of layers.{absent}"
+        )
     with torch.device("meta"):
-        model = kind(config or load_config(folder))
-    load_weights(model, checkpoint_files(folder), dtype, encoder_name if kind is LlamaModel else language_model_name)
-    return model
-
-
-def load_weights(
-    module: nn.Module,
-    files: Iterable[Path],
-    dtype: torch.dtype | None,
-    rename: Callable[[str], str | None],
-) -> None:
-    """Fill `module`, made on the meta device, from safetensors files.
-
-    Args:
-        dtype: of the loaded weights; None keeps each file's own.
-        rename: a tensor's name in the file to its name in the module, or None for a tensor to leave out.
-    Raises:
-        ValueError: names missing, unexpected or misshapen tensors, or one that holds NaN or infinity.
-    """
-    expected = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
-    loaded: dict[str, torch.Tensor] = {}
-    problems: list[str] = []
-    source = ""
-    for path, file_name, tensor in read_tensors(files):
-        source = str(path.parent)
-        name = rename(file_name)
-        if name is None:
-            continue
+        model = kind(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    tied = _tied_names(model)
+    for name, one in stored.items():
         if name not in expected:
-            problems.append(f"unexpected {file_name} in {path.name}")
-        elif tensor.shape != expected[name]:
-            problems.append(
-                f"{file_name} in {path.name} must have shape {tuple(expected[name])}, got {tuple(tensor.shape)}"
-            )
-        elif not tensor.is_floating_point():
-            problems.append(f"{file_name} in {path.name} must be floating point, got {tensor.dtype}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{file_name} in {path.name} holds NaN or infinity")
-        else:
-            loaded[name] = tensor.to(dtype or tensor.dtype)
-    tied = _tied_names(module)
-    problems += [f"missing {name}" for name in expected if name not in loaded and tied.get(name) not in loaded]
+            problems.append(f"unexpected {one.name} in {one.path.name}")
+        elif problem := one.problem(expected[name]):
+            problems.append(problem)
+    problems += [f"missing {name}" for name in expected if name not in stored and tied.get(name) not in stored]
+    if not problems:
+        names = {one: name for name, one in stored.items()}
+        for one, tensor in read_tensors(stored.values()):
+            if torch.isfinite(tensor).all():
+                _set_parameter(model, names[one], nn.Parameter(tensor.to(dtype), requires_grad=False))
+            else:
+                problems.append(f"{one.name} in {one.path.name} holds NaN or infinity")
     if problems:
-        raise ValueError(f"{source} does not fit its config.json: {list_problems(problems)}")
-    for name, parameter in loaded.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, nn.Parameter(parameter, requires_grad=False))
+        raise ValueError(f"{folder} does not fit its config.json: {list_problems(problems)}")
     for name, twin in tied.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, module.get_parameter(twin))
+        _set_parameter(model, name, model.get_parameter(twin))
+    return model
 
 
 def list_problems(problems: Sequence[str]) -> str:
     """The first problems and how many more there are, for one line of an error."""
     more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     return "; ".join(problems[:_LISTED]) + more
+
+
+def _find(folder: Path, rename: Callable[[str], str | None]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """A checkpoint's tensors by their name in the model, and what is wrong with where they stand."""
+    files = checkpoint_files(folder)
+    places = None if files == [folder / _SINGLE] else _read_index(folder / _INDEX)
+    stored: dict[str, StoredTensor] = {}
+    problems = []
+    for one in read_headers(files):
+        name = rename(one.name)
+        if name is None:
+            continue
+        if places is not None and places.get(one.name) != one.path.name:
+            named = places.get(one.name, "no file")
+            problems.append(f"{one.name} is in {one.path.name}, but {_INDEX} names {named} for it")
+        elif name in stored:
+            problems.append(f"{one.name} and {stored[name].name} are both {name}")
+        else:
+            stored[name] = one
+    return stored, problems
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, as an index names them."""
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{path} must hold a weight_map of tensor names to files")
+    for name in places.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path}: a shard must be the name of a .safetensors file in that folder, got {name!r}")
+    return places
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, parameter)
 
 
 def _tied_names(module: nn.Module) -> dict[str, str]:
@@ -143,14 +189,14 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
     return tied
 
 
-def encoder_name(name: str) -> str | None:
+def _encoder_name(name: str) -> str | None:
     """A checkpoint tensor's name within `LlamaModel`; None for what an encoder does not use."""
     if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
         return None
     return name.removeprefix("model.")
 
 
-def language_model_name(name: str) -> str | None:
+def _language_model_name(name: str) -> str | None:
     """A checkpoint tensor's name within `LanguageModel`; None for buffers that are computed."""
     if name.endswith("rotary_emb.inv_freq"):
         return None

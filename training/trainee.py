@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..engine import ops
-from ..engine.adapters import load_adapter, read_adapter_config, stack_adapters
+from ..engine.adapter_config import read_adapter_config
+from ..engine.adapters import add_adapter, stack_adapters, take_out
 from ..engine.checkpoints import Checkpoint, resolve
 from ..engine.config import ModelConfig, load_config
 from ..engine.lora import fuse_lora_layers
@@ -36,6 +37,7 @@ class Trainee:
         parameters: what is trained, float32, by a name that checkpoints keep.
         dtype: of the computation.
         adapter: the configuration of the adapter in training; None when every weight is.
+        adapter_prefix: what its tensors' names begin with in its file, as its configuration's patterns know them.
     """
 
     network: LanguageModel | LlamaModel
@@ -47,6 +49,7 @@ class Trainee:
     dtype: torch.dtype
     backend: str
     adapter: LoraConfig | None
+    adapter_prefix: str
     earlier: tuple[Path, ...]
 
     @property
@@ -81,7 +84,8 @@ class Trainee:
             self.adapter.inference_mode = True
             self.adapter.save_pretrained(str(folder))
             state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-            tensors = {f"base_model.model.{name}": tensor.detach().cpu() for name, tensor in state.items()}
+            named = f"base_model.model.{self.adapter_prefix}"
+            tensors = {f"{named}{name}": tensor.detach().cpu() for name, tensor in state.items()}
             _save_tensors(tensors, folder / "adapter_model.safetensors")
         description.write(folder)
 
@@ -132,7 +136,7 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
         network = load_model(kind, checkpoint.base, weights_dtype, config)
     network.requires_grad_(False)
     inner = network.model if isinstance(network, LanguageModel) else network
-    earlier, adapter = checkpoint.adapters, None
+    earlier, adapter, prefix = checkpoint.adapters, None, ""
     if settings.full_finetuning:
         if earlier:
             raise ValueError(f"full_finetuning needs a model without adapters, {settings.model} has {len(earlier)}")
@@ -144,7 +148,7 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
                 raise ValueError(f"continue_adapter needs a model with an adapter, {settings.model} has none")
             *rest, continued = earlier
             earlier = tuple(rest)
-        adapter = _add_adapters(inner, earlier, continued, settings)
+        adapter, prefix = _add_adapters(inner, earlier, continued, settings)
     if getattr(settings, "train_head", False):
         assert isinstance(network, LanguageModel)
         if config.tie_word_embeddings:
@@ -152,21 +156,30 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
         network.lm_head.weight = nn.Parameter(network.lm_head.weight.float())
     network.to(device).train()
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    return Trainee(network, parameters, config, checkpoint, tokenizer, device, dtype, backend, adapter, tuple(earlier))
+    return Trainee(
+        network, parameters, config, checkpoint, tokenizer, device, dtype, backend, adapter, prefix, tuple(earlier)
+    )
 
 
 def _add_adapters(
     model: LlamaModel, earlier: tuple[Path, ...], continued: Path | None, settings: TrainingSettings
-) -> LoraConfig:
-    """Earlier adapters frozen, and one in training: `continued`, or a fresh one whose B is zero."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # stacking is what we want
-        names = stack_adapters(model, earlier)
-        if continued is not None:
-            config = read_adapter_config(continued)
-            config.inference_mode = False
-            config.lora_dropout = settings.lora_dropout
-        else:
+) -> tuple[LoraConfig, str]:
+    """Earlier adapters frozen, and one in training: `continued`, or a fresh one whose B is zero.
+
+    Returns its configuration, and what its tensors' names begin with in its file.
+    """
+    names, prefix = stack_adapters(model, earlier), ""
+    if continued is not None:
+        config = read_adapter_config(continued)
+        if config.use_dora:
+            raise ValueError(f"continue_adapter cannot train DoRA, which {continued} uses")
+        config.inference_mode = False
+        config.lora_dropout = settings.lora_dropout
+        prefix = add_adapter(model, ADAPTER, continued, config)
+        take_out(model, ADAPTER, config.init_lora_weights, names)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # stacking is what we want
             linears = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             linears |= {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LoraLayer)}
             for name in settings.target_modules:
@@ -179,7 +192,7 @@ def _add_adapters(
                 lora_dropout=settings.lora_dropout,
                 target_modules=list(settings.target_modules),
             )
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     torch.manual_seed(settings.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -189,10 +202,8 @@ def _add_adapters(
                     linear.float().requires_grad_(name == ADAPTER)
             if ADAPTER in module.lora_A and continued is None:
                 module.reset_lora_parameters(ADAPTER, True)  # anew in float32, where the base may have 16 bits
-    if continued is not None:
-        load_adapter(model, ADAPTER, continued)
     fuse_lora_layers(model)
-    return config
+    return config, prefix
 
 
 def _randomize(network: nn.Module, base: Path, seed: int) -> None:
