@@ -213,9 +213,9 @@ def test_a_query_without_a_prompt_of_its_own_has_none(make_checkpoint, tmp_path)
         ("config_sentence_transformers.json", {"prompts": ["a"]}, r"prompts must be strings by name, got \['a'\]"),
         ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts must be strings by name, got {'a': 1}"),
         ("config_sentence_transformers.json", {"default_prompt_name": ["a"]}, "default_prompt_name must be one of"),
-        ("config_sentence_transformers.json", [], "must be a JSON object"),
+        ("config_sentence_transformers.json", [], "must hold a JSON object"),
         ("sentence_bert_config.json", {"max_seq_length": "12"}, "max_seq_length must be a number of tokens, got '12'"),
-        ("sentence_bert_config.json", 3, "must be a JSON object"),
+        ("sentence_bert_config.json", 3, "must hold a JSON object"),
     ],
 )
 def test_a_malformed_description_is_named(fresh_llama_folder, name, content, message):
