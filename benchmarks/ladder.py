@@ -31,7 +31,7 @@ from ..evaluation.splits import Split
 from ..evaluation.statistics import Statistic, estimate, paired_difference, spearman
 from ..evaluation.tasks import fixed_features
 from ..training import read_settings, train
-from ..training.loop import LOG
+from ..training.output import LOG
 from .machine import describe_machine
 from .texts import open_text
 from .timing import report

@@ -12,6 +12,7 @@ from typing import Any
 from ..kernels.pooling import POOLING_MODES
 from .config import BIDIRECTIONAL, Window
 from .json_files import read_object
+from .outputs import AtomicFile
 
 RUN_FILE = "bivec.json"
 EARLIER = "earlier"
@@ -44,7 +45,14 @@ class RunDescription:
     symmetric_instruction: bool = False
 
     def write(self, folder: Path) -> None:
-        (folder / RUN_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write `bivec.json`, whole or not at all."""
+        file = AtomicFile(folder / f".{RUN_FILE}.tmp")
+        try:
+            file.handle.write((json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
+            file.finish()
+            file.publish(folder / RUN_FILE)
+        finally:
+            file.abort()
 
     @classmethod
     def read(cls, folder: Path) -> "RunDescription | None":

@@ -22,12 +22,8 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
         RuntimeError: a future token does not reach an earlier state though the windows show it, it does though they do
             not, or a neighbour does.
     """
-    length = min([_LENGTH, *(window + 1 for window in config.sliding_windows if window is not None)])
-    text = [(17 * place + 3) % config.vocab_size for place in range(length)]
-    changed = [*text[:-1], (text[-1] + 1) % config.vocab_size]
-    # the state whose window the last token is the last to enter
-    reach = max((right if right >= 0 else length for _, right in windows), default=length)
-    place = max(0, length - 1 - reach)
+    text, changed, place = probe(config, windows)
+    length = len(text)
 
     def early_states(sequences: Sequence[Sequence[int]], windows: Sequence[Window]) -> torch.Tensor:
         return runner(PackedBatch.from_sequences(sequences, device=runner.device), windows)[: length - 1]
@@ -39,7 +35,7 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
     causal = config.causal_windows
     if not torch.equal(early_states([text], causal), early_states([changed], causal)):
         raise RuntimeError("self-test: under the causal window a future token changes an earlier state")
-    if reach == 0:
+    if place == length - 1:
         return {"causal": "passed: no future token changes an earlier state"} | neighbours
     if torch.equal(alone[place], early_states([changed], windows)[place]):
         raise RuntimeError("self-test: a future token does not change an earlier state, the model is causal")
@@ -47,3 +43,12 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
         "bidirectional": "passed: a future token changes an earlier state",
         "causal control": "passed: under the causal window it does not",
     } | neighbours
+
+
+def probe(config: ModelConfig, windows: Sequence[Window]) -> tuple[list[int], list[int], int]:
+    """Two texts that differ in their last token, and the first place whose state the windows let that token change."""
+    length = min([_LENGTH, *(window + 1 for window in config.sliding_windows if window is not None)])
+    text = [(17 * place + 3) % config.vocab_size for place in range(length)]
+    changed = [*text[:-1], (text[-1] + 1) % config.vocab_size]
+    reach = max((right if right >= 0 else length for _, right in windows), default=length)
+    return text, changed, max(0, length - 1 - reach)

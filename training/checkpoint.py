@@ -9,8 +9,11 @@ A checkpoint is written under a temporary name, synced and renamed; one whose ma
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..engine.outputs import naming
+
+logger = logging.getLogger(__name__)
+
 CHECKPOINTS = "checkpoints"
+FILES = _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 _PREFIX = "step-"
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
 class Saved(NamedTuple):
@@ -38,48 +45,84 @@ def save(run: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str
         OSError: the disk is full, or the like; earlier checkpoints are as they were.
     """
     folder = run / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
     target, temporary = folder / f"{_PREFIX}{step}", folder / f".{_PREFIX}{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary / _TENSORS))
-        (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        sums = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
-        (temporary / _MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-        for name in (_TENSORS, _STATE, _MANIFEST):
-            _sync(temporary / name)
-        _sync(temporary)
-        if target.exists():  # of the same step, so of the same content
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(folder)
-    except BaseException:
+    with naming(target):
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in sorted(_numbered(folder), reverse=True)[keep:]:
-        shutil.rmtree(folder / f"{_PREFIX}{old}")
+        temporary.mkdir()
+        try:
+            write_tensors(tensors, temporary / _TENSORS)
+            (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            sums = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
+            (temporary / _MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+            for name in (_TENSORS, _STATE, _MANIFEST):
+                _sync(temporary / name)
+            _sync(temporary)
+            if target.exists():  # of the same step, so of the same content
+                _remove(target)
+            os.replace(temporary, target)
+            _sync(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    found = steps(run)
+    kept = [older for older in found if older <= step][:keep]
+    for other in set(found).difference(kept):  # a newer one is damaged, or the run would have gone on from it
+        _remove(folder / f"{_PREFIX}{other}")
     return target
 
 
 def newest(run: Path) -> Saved | None:
-    """The newest complete checkpoint of a run, or None."""
-    folder = run / CHECKPOINTS
-    for step in sorted(_numbered(folder), reverse=True):
-        path = folder / f"{_PREFIX}{step}"
+    """The newest complete checkpoint of a run, None where it has none.
+
+    Raises:
+        ValueError: it has checkpoints, and every one is damaged.
+    """
+    damaged: list[str] = []
+    for step in steps(run):
+        path = run / CHECKPOINTS / f"{_PREFIX}{step}"
         try:
             sums = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
             if all(_sha256(path / name) == sums[name] for name in (_TENSORS, _STATE)):
                 state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+                if damaged:
+                    logger.warning("%s: damaged, passed over for %s", ", ".join(damaged), path)
                 return Saved(path, load_file(str(path / _TENSORS)), state)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            continue  # torn by a crash of the machine: an older one is whole
+            pass  # torn by a crash of the machine: an older one is whole
+        damaged.append(str(path))
+    if damaged:
+        raise ValueError(
+            f"every checkpoint is damaged, so there is none to go on from: {', '.join(damaged)}; "
+            "put one back from a copy, or begin anew with --overwrite"
+        )
     return None
 
 
-def _numbered(folder: Path) -> list[int]:
+def steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, complete or not, the newest first."""
+    folder = run / CHECKPOINTS
     names = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
-    return [int(name) for name in names if name.isdigit()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Safetensors; raises OSError naming the path where the disk is full, or the like."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), {"format": "pt"})
+    except SafetensorError as error:  # it says what the system refused in words alone
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint's own files, the manifest first, and its folder unless somebody put something there."""
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.rmdir()
 
 
 def _sha256(path: Path) -> str:

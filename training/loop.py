@@ -4,18 +4,17 @@ A step is a function of the settings, the data and its number alone, so a run th
 checkpoint is bitwise the run that was not.
 """
 
-import json
 import logging
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,19 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from ..engine import ops
+from ..engine.checkpoints import Checkpoint, resolve
 from ..engine.fingerprint import fingerprint
-from ..engine.run_folder import EARLIER, RUN_FILE, RunDescription
+from ..engine.outputs import naming, refuse_inputs
+from ..engine.run_folder import EARLIER, RunDescription
 from . import checkpoint
+from .divergence import find_divergence, not_finite
 from .mask_schedule import MaskSchedule
-from .optimizer import Optimizer
+from .optimizer import Optimizer, check_schedule
+from .output import TRACKERS, Log, check_output, clear, find_checkpoint, hold
 from .passes import Passes
 from .processes import Processes
 from .settings import TrainingSettings
@@ -41,16 +45,16 @@ from .trainee import Trainee, load_trainee
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.jsonl"
 _BUDGETS = (4096, 8192, 16384, 32768)  # tokens of a pass to choose from
 
 
 @dataclass
 class TrainingSummary:
-    """What a run did."""
+    """What a run did; `tokens` and `seconds` are those since it was begun or, after `first_step` steps, resumed."""
 
     output: str
     steps: int
+    first_step: int
     skipped: int
     tokens: int
     seconds: float
@@ -58,8 +62,9 @@ class TrainingSummary:
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.evaluation.items())
+        own = f" ({self.steps - self.first_step:,} since it was resumed)" if self.first_step else ""
         return (
-            f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:,.1f} s "
+            f"{self.steps:,} steps{own}, {self.tokens:,} tokens in {self.seconds:,.1f} s "
             f"({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s), {self.skipped} skipped"
             f"{': ' + figures if figures else ''}: {self.output}"
         )
@@ -69,41 +74,52 @@ def train(settings: TrainingSettings) -> TrainingSummary:
     """Run one stage into `settings.output`; under torchrun, one process of it.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: settings, data or a model that cannot work, naming the field,
-            the file or the line.
-        RuntimeError: `max_skipped_steps` steps in a row had no finite gradient.
-        OSError: a checkpoint cannot be written; those before it are whole.
+        ValueError, FileNotFoundError, FileExistsError: settings, data, a model or an output that cannot work, naming
+            the field, the file or the line; another run is writing the output.
+        RuntimeError: training has diverged, `max_skipped_steps` steps in a row had no finite gradient, or memory is
+            too small.
+        OSError: the output cannot be written; checkpoints already there are whole.
     """
     output = Path(settings.output)
     device = ops.choose_device(settings.device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=settings.report_to or None, project_dir=str(output), mixed_precision="no"
-    )
-    _check_output(output, settings)
-    saved = _find_checkpoint(output, settings)
-    with torch.random.fork_rng(devices=[]):
-        run = _Run(settings, accelerator, output, saved)
-        accelerator.wait_for_everyone()  # all have looked at the output, and nothing is wrong with model and data
-        run.open_output()
-        try:
-            with _terminated() as terminated:
-                return run.train(terminated)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"out of memory at a token_budget of {run.passes.token_budget}: choose a smaller one, "
-                "or gradient_checkpointing; the batch and the result stay the same to rounding"
-            ) from error
+    accelerator = _accelerator(settings, device)
+    check_schedule(settings)
+    check_output(output, settings)
+    model = resolve(settings.model)
+    refuse_inputs(output, _inputs(settings, model))
+    # the lock is one process's; the others look at the folder once it is held
+    with hold(output) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        check_output(output, settings)
+        saved = find_checkpoint(output, settings)
+        with torch.random.fork_rng(devices=[]):
+            run = _Run(settings, accelerator, output, model, saved)
+            accelerator.wait_for_everyone()  # all have looked at the output, and nothing is wrong with model and data
+            run.open_output()
+            try:
+                with _terminated() as terminated:
+                    return run.train(terminated)
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(
+                    f"out of memory at a token_budget of {run.passes.token_budget}: choose a smaller one, "
+                    "or gradient_checkpointing; the batch and the result stay the same to rounding"
+                ) from error
 
 
 class _Run:
     def __init__(
-        self, settings: TrainingSettings, accelerator: Accelerator, output: Path, saved: checkpoint.Saved | None
+        self,
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        output: Path,
+        model: Checkpoint,
+        saved: checkpoint.Saved | None,
     ):
         self.settings = settings
         self.accelerator = accelerator
         self.output = output
         self.processes = Processes(accelerator)
-        self.trainee = load_trainee(settings, accelerator.device)
+        self.trainee = load_trainee(settings, accelerator.device, model)
         self.passes = Passes(
             self.trainee,
             token_budget=_token_budget(settings, self.trainee, saved),
@@ -114,8 +130,7 @@ class _Run:
         self.stage: Stage = make_stage(settings, self.passes, self.processes)
         self.model_files = {}
         if accelerator.is_main_process:  # the one that saves and compares
-            with_weights = not getattr(settings, "random_weights", False)
-            self.model_files = fingerprint(self.trainee.checkpoint, weights=with_weights)
+            self.model_files = fingerprint(model, weights=not getattr(settings, "random_weights", False))
         self.schedule = MaskSchedule(
             settings.mask_schedule,
             settings.mask_schedule_steps or max(1, settings.max_steps // 2),
@@ -130,17 +145,17 @@ class _Run:
 
     def open_output(self) -> None:
         main = self.accelerator.is_main_process
-        if main:
-            _clear_output(self.output, self.settings)
-        self.log = _Log(self.output / LOG, main, self.step)
+        if main and not self.settings.resume:
+            clear(self.output)
+        first = {"step": 0, "settings": self.settings.shaping_the_result(), "versions": _versions()}
+        self.log = Log(self.output, main, first, self.step)
 
     def train(self, terminated: threading.Event) -> TrainingSummary:
         settings, main = self.settings, self.accelerator.is_main_process
         if settings.report_to:
             self.accelerator.init_trackers("bivec", config=_flat(settings.shaping_the_result()))
-        began, first_tokens = time.perf_counter(), self.tokens
+        began, first_step, first_tokens = time.perf_counter(), self.step, self.tokens
         if self.step == 0:
-            self.log.write({"step": 0, "settings": settings.shaping_the_result(), "versions": _versions()})
             self._evaluate()
         bar = tqdm(total=settings.max_steps, initial=self.step, unit="step", disable=not (main and sys.stderr.isatty()))
         with bar:
@@ -159,14 +174,14 @@ class _Run:
                 if stop:
                     raise SystemExit(143)
         if main:
-            self.trainee.save(self.output, self._description())
+            with naming(self.output):
+                self.trainee.save(self.output, self._description())
         if self.processes.group is not None:
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         seconds = time.perf_counter() - began
-        return TrainingSummary(
-            str(self.output), self.step, self.skipped, self.tokens - first_tokens, seconds, self.evaluation
-        )
+        tokens = self.tokens - first_tokens
+        return TrainingSummary(str(self.output), self.step, first_step, self.skipped, tokens, seconds, self.evaluation)
 
     def _train_step(self) -> tuple[dict[str, torch.Tensor], float, float]:
         """One update; returns this process's part of the losses, the gradient norm, and the learning rate it took."""
@@ -180,18 +195,28 @@ class _Run:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
         else:
+            self._stop_if(not_finite(self.trainee))
             self.skipped += 1
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == self.settings.max_skipped_steps:
+            if self.skipped_in_a_row == min(self.settings.max_skipped_steps, self.settings.max_steps):
                 raise RuntimeError(
                     f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had no finite gradient: "
                     "choose a smaller learning_rate, or dtype float32"
                 )
         return figures, norm, rate
 
+    def _stop_if(self, divergence: str | None) -> None:
+        if divergence is not None:
+            raise RuntimeError(
+                f"training has diverged by step {self.step}: {divergence}; checkpoints before it are as they were, but "
+                "--resume would go the same way: choose a smaller learning_rate and begin anew with --overwrite"
+            )
+
     def _record(self, losses: dict[str, torch.Tensor], norm: float, rate: float) -> dict[str, Any]:
         sums = self.processes.sum(*(loss.item() for loss in losses.values()))
         figures: dict[str, Any] = dict(zip(losses, sums, strict=True))
+        if math.isfinite(norm) and not math.isfinite(sum(sums)):
+            self._stop_if(f"the loss is {figures['loss']}")
         figures |= {"grad_norm": norm, "learning_rate": rate, "skipped": self.skipped, "tokens": self.tokens}
         self.log.write({"step": self.step} | figures)
         if self.settings.report_to:
@@ -220,6 +245,7 @@ class _Run:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
+        self._stop_if(find_divergence(self.passes, self.schedule.final_window))
         state = {
             "step": self.step,
             "skipped": self.skipped,
@@ -270,75 +296,29 @@ class _Run:
         )
 
 
-class _Log:
-    """`log.jsonl`: a line an entry. Lines beyond the step that a run resumes from are taken out: they come again."""
-
-    def __init__(self, path: Path, active: bool, step: int):
-        self._file = None
-        if not active:
-            return
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.is_file() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines if _step_of(line) <= step)
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-
-    def sync(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; a line that a crash has torn belongs to none."""
+def _accelerator(settings: TrainingSettings, device: torch.device) -> Accelerator:
+    """Of the processes and trackers that are asked for; raises ValueError where there is no such tracker."""
+    output = Path(settings.output)
+    folders = ProjectConfiguration(project_dir=str(output), logging_dir=str(output / TRACKERS))
+    wanted = settings.report_to
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with=")  # of what is not installed: refused below
+            made = Accelerator(
+                cpu=device.type == "cpu", log_with=wanted or None, project_config=folders, mixed_precision="no"
+            )
+    except ValueError as error:
+        raise ValueError(f"report_to must name trackers of accelerate, got {', '.join(wanted)}: {error}") from error
+    absent = {*wanted} - {"all", *map(str, made.log_with)}
+    if absent:
+        raise ValueError(f"report_to: {', '.join(sorted(absent))} is not installed")
+    return made
 
 
-def _find_checkpoint(output: Path, settings: TrainingSettings) -> checkpoint.Saved | None:
-    """The checkpoint to go on from, None to begin."""
-    saved = checkpoint.newest(output) if settings.resume else None
-    if saved is None:
-        return None
-    before, now = saved.state["settings"], json.loads(json.dumps(settings.shaping_the_result()))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(f"{saved.path} is of another configuration: {'; '.join(changed)}")
-    return saved
-
-
-def _check_output(output: Path, settings: TrainingSettings) -> None:
-    """Raise FileExistsError where the run's folder holds what is not to be continued or replaced."""
-    names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if not names or settings.resume:
-        return
-    if not settings.overwrite:
-        raise FileExistsError(
-            f"{output} is not empty: give --resume to go on with its run, or --overwrite to replace it"
-        )
-    if not names & {LOG, RUN_FILE, checkpoint.CHECKPOINTS}:
-        raise FileExistsError(f"{output} holds no run of bivec, so nothing in it is overwritten")
-
-
-def _clear_output(output: Path, settings: TrainingSettings) -> None:
-    """Make the run's folder, empty unless a run is resumed."""
-    output.mkdir(parents=True, exist_ok=True)
-    for path in () if settings.resume else output.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _inputs(settings: TrainingSettings, model: Checkpoint) -> list[Path]:
+    """The files and folders that a run reads."""
+    found = [model.base, model.tokenizer, *model.adapters]
+    return [*found, *map(Path, settings.data), *map(Path, settings.eval_data)]
 
 
 def _token_budget(settings: TrainingSettings, trainee: Trainee, saved: checkpoint.Saved | None) -> int:

@@ -107,19 +107,23 @@ def mask_tokens(
 def mask_token_id(tokenizer: transformers.PreTrainedTokenizerBase, mask_token: str = "_") -> int:
     """The id of the vocabulary item that hides a token; `_`, an ordinary one, is LLM2Vec's for every model.
 
-    As there, `mask_token` is an item as the vocabulary writes it, not a text to tokenise (which may give `▁_`).
+    As there, `mask_token` is an item as the vocabulary writes it, not a text to tokenise (which may give `▁_`). Where
+    it is a character that the vocabulary has as a byte alone, it is that byte (`<0x5F>` for `_`).
 
     Raises:
         ValueError: the vocabulary has no such item.
     """
-    found = tokenizer.convert_tokens_to_ids(mask_token)
-    # an unknown item gives the unknown token's id, or None
-    if found is None or tokenizer.convert_ids_to_tokens(found) != mask_token:
-        raise ValueError(
-            f"mask_token must be one item of the tokenizer's vocabulary, got {mask_token!r}, "
-            f"for which convert_tokens_to_ids gives {found}"
-        )
-    return found
+    vocabulary = tokenizer.get_vocab()
+    byte = f"<0x{ord(mask_token):02X}>" if len(mask_token) == 1 and mask_token.isascii() else mask_token
+    for item in (mask_token, byte):
+        if item in vocabulary:
+            return vocabulary[item]
+    special = set(tokenizer.all_special_tokens)
+    rare = max((item for item in vocabulary if item not in special), key=lambda item: vocabulary[item], default="")
+    raise ValueError(
+        f"mask_token must be one item of the tokenizer's vocabulary, got {mask_token!r}: "
+        f"pass an ordinary one that texts seldom hold, as {rare!r}"
+    )
 
 
 def _check(

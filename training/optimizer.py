@@ -7,10 +7,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from .settings import TrainingSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def check_schedule(settings: TrainingSettings) -> None:
+    """That there is a learning-rate schedule as the settings ask, before anything is loaded; raises ValueError."""
+    Optimizer({"": nn.Parameter(torch.zeros(1))}, settings)
 
 
 class Optimizer:
@@ -35,6 +41,11 @@ class Optimizer:
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"lr_scheduler_type {settings.lr_scheduler_type!r} cannot be used: {error}") from error
+        if not isinstance(self._schedule, LambdaLR):
+            raise ValueError(
+                "lr_scheduler_type must be a schedule of the step's number alone, which a resumed run repeats, "
+                f"got {settings.lr_scheduler_type!r}"
+            )
 
     @property
     def learning_rate(self) -> float:

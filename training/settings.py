@@ -5,12 +5,15 @@ Fields are named as in transformers' TrainingArguments and PEFT's LoraConfig whe
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from ..engine.outputs import refuse_inputs
 
 MaskSchedule = Literal["bidirectional", "causal", "window", "annealed", "layers"]
 
@@ -87,8 +90,8 @@ class TrainingSettings:
     save_steps: int = _help("Steps between two checkpoints.", 200)
     save_total_limit: int = _help("Checkpoints to keep, the newest.", 2)
     report_to: list[str] = _help("Trackers of accelerate: tensorboard, wandb, ...", factory=list)
-    resume: bool = _help("Go on from the newest complete checkpoint of output; without one, begin.", False)
-    overwrite: bool = _help("Delete what output holds and begin anew.", False)
+    resume: bool = _help("Go on with the unfinished run in output; begin where there is none.", False)
+    overwrite: bool = _help("Replace the run in output: its files are removed, and training begins anew.", False)
 
     stage: ClassVar[str] = ""
 
@@ -118,6 +121,7 @@ class TrainingSettings:
                 _require(fits, name, f"a list of {_KINDS[item]}s", value)
             else:
                 _require(type(value) is kind, name, f"a {_KINDS[kind]}", value)
+                _require(kind is not float or math.isfinite(value), name, "a finite number", value)
 
     def _check(self) -> None:
         for name in ("max_length", "batch_size", "max_steps", "lora_r", "lora_alpha", "max_skipped_steps"):
@@ -133,6 +137,7 @@ class TrainingSettings:
         for name in ("mask_schedule_steps", "lr_scheduler_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        _require(bool(self.output), "output", "a folder", self.output)
         _require(bool(self.data), "data", "one file or more", self.data)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2 ** 63)", self.seed)
         budget, longest = self.token_budget, self.max_length
@@ -264,6 +269,8 @@ def read_settings(stage: str, arguments: Sequence[str]) -> TrainingSettings:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", help="YAML file of fields; what the command line gives wins.")
+    for action in parser._actions:  # both spellings are taken, and one is shown
+        action.option_strings = [option for option in action.option_strings if "_" not in option]
     known = {entry.name for entry in dataclasses.fields(kind)}
     recipe = _recipe_argument(arguments)
     values = {} if recipe is None else read_recipe(recipe, stage, known)
@@ -272,7 +279,10 @@ def read_settings(stage: str, arguments: Sequence[str]) -> TrainingSettings:
     # argparse leaves alone what its namespace already holds, so the recipe's fields stand where the line has none
     given = vars(parser.parse_args(list(arguments), argparse.Namespace(**values)))
     given.pop("recipe")
-    return kind(**given)
+    settings = kind(**given)
+    if recipe is not None:
+        refuse_inputs(Path(settings.output), [recipe])
+    return settings
 
 
 def _recipe_argument(arguments: Sequence[str]) -> Path | None:
@@ -295,9 +305,13 @@ def read_recipe(path: Path, stage: str, known: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        expanding = _expansion(text)
+        values = None if expanding else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date or a number that is none
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
+    if expanding:
+        raise ValueError(f"{path} must be a mapping of fields to values and lists of values, got {expanding}")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping of fields, got {type(values).__name__}")
     found = values.pop("stage", stage)
@@ -307,6 +321,20 @@ def read_recipe(path: Path, stage: str, known: set[str]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{path}: no field {unknown[0]!r} in stage {stage}; see bivec train {stage} --help")
     return values
+
+
+def _expansion(text: str) -> str | None:
+    """What in a few lines of YAML stands for any number of values, None where nothing does."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            return f"the alias *{event.anchor}"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2:
+            return "deeper nesting"
+    return None
 
 
 def _require(holds: bool, name: str, requirement: str, got: Any) -> None:

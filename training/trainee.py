@@ -10,20 +10,21 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 
 from ..engine import ops
 from ..engine.adapter_config import read_adapter_config
 from ..engine.adapters import add_adapter, stack_adapters, take_out
-from ..engine.checkpoints import Checkpoint, resolve
+from ..engine.checkpoints import ADAPTER_FILES, Checkpoint, resolve
 from ..engine.config import ModelConfig, load_config
 from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
 from ..engine.tokens import TextTokenizer, copy_tokenizer, load_tokenizer
 from ..engine.weights import load_model
-from .settings import PretrainSettings, TrainingSettings
+from .checkpoint import write_tensors
+from .masking import mask_token_id
+from .settings import MntpSettings, PretrainSettings, TrainingSettings
 
 ADAPTER = "default"  # PEFT's name of the adapter in training
 
@@ -78,7 +79,7 @@ class Trainee:
             for place, source in enumerate(self.earlier, start=1):
                 target = folder / EARLIER / str(place)
                 target.mkdir(parents=True, exist_ok=True)
-                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                for name in ADAPTER_FILES:
                     shutil.copyfile(source / name, target / name)
             self.adapter.base_model_name_or_path = self.base_name
             self.adapter.inference_mode = True
@@ -86,7 +87,7 @@ class Trainee:
             state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
             named = f"base_model.model.{self.adapter_prefix}"
             tensors = {f"{named}{name}": tensor.detach().cpu() for name, tensor in state.items()}
-            _save_tensors(tensors, folder / "adapter_model.safetensors")
+            _save_tensors(tensors, folder / ADAPTER_FILES[1])
         description.write(folder)
 
     @property
@@ -105,16 +106,18 @@ class Trainee:
         _save_tensors(tensors, folder / "model.safetensors")
 
 
-def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
+def load_trainee(settings: TrainingSettings, device: torch.device, checkpoint: Checkpoint | None = None) -> Trainee:
     """Load the settings' model and make its trained part; the fresh adapter depends on the seed alone.
 
+    Args:
+        checkpoint: what `settings.model` resolves to, if that is known.
     Raises:
         ValueError, FileNotFoundError: naming the field or file and what was expected.
     """
     dtype, _ = ops.choose_dtype(settings.dtype, device)
     if dtype is torch.float16:
         raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
-    checkpoint = resolve(settings.model)
+    checkpoint = checkpoint or resolve(settings.model)
     config = load_config(checkpoint.base)
     for name in ("max_length", "block_size"):
         length = getattr(settings, name, None) or 0
@@ -126,6 +129,8 @@ def load_trainee(settings: TrainingSettings, device: torch.device) -> Trainee:
         raise ValueError("attention 'flash' cannot draw the masks of attention_dropout or mask_schedule annealed")
     backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)
     tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), settings.max_length)
+    if isinstance(settings, MntpSettings):
+        mask_token_id(tokenizer.hugging_face, settings.mask_token)  # before the weights, and all texts' tokens
     has_head = settings.full_finetuning or settings.predicts_tokens
     kind: type[LanguageModel | LlamaModel] = LanguageModel if has_head else LlamaModel
     if isinstance(settings, PretrainSettings) and settings.random_weights:
@@ -222,7 +227,7 @@ def _randomize(network: nn.Module, base: Path, seed: int) -> None:
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Under a temporary name first: a killed process leaves no half file under the real one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), {"format": "pt"})
+    write_tensors(tensors, temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

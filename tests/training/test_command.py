@@ -1,5 +1,6 @@
 """`bivec train`: a run from the command line, and what a user's mistake looks like."""
 
+import importlib.util
 import json
 
 import pytest
@@ -88,6 +89,8 @@ def test_bad_pairs_are_named(fields, tmp_path, text, message):
         (["simcse", "--max-length", "9999"], "max_length must be at most the model's 256 positions, got 9999"),
         (["simcse", "--target-modules", "q_proj", "typo"], "target_modules must be among"),
         (["simcse", "--lr-scheduler-type", "wavy"], "lr_scheduler_type 'wavy' cannot be used"),
+        (["simcse", "--lr-scheduler-type", "reduce_lr_on_plateau"], "a schedule of the step's number alone"),
+        (["simcse", "--report-to", "nope"], "report_to must name trackers of accelerate, got nope"),
         (["simcse", "--dtype", "float16"], "float16 needs a CUDA device"),
         (
             ["mntp", "--block-size", "0", "--mask-token", "no such token"],
@@ -105,6 +108,26 @@ def test_mistakes_are_one_line(fields, tmp_path, arguments, message):
         fields[5] = tmp_path / "second"
     stage, *rest = arguments
     result = run(stage, *fields, *rest)
+    assert result.output.count("\n") == 1, result.output
     assert result.exit_code == 2
     assert result.output.startswith("error: ")
     assert message in result.output
+
+
+def test_a_scheduler_or_a_tracker_is_refused_before_anything_is_loaded(fields):
+    fields = ["nowhere/at/all" if field == fields[1] else field for field in fields]
+    assert "nowhere/at/all is no folder" in run("simcse", *fields).output
+    assert "got 'greedy'" in run("simcse", *fields, "--lr-scheduler-type", "greedy").output
+    assert "got nope" in run("simcse", *fields, "--report-to", "nope").output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aim") is not None, reason="aim is installed")
+def test_a_tracker_that_is_not_installed_is_an_error(fields):
+    assert run("simcse", *fields, "--report-to", "aim").output == "error: report_to: aim is not installed\n"
+
+
+def test_a_missing_mask_token_is_known_before_weights_and_texts_are_read(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr("bivec.training.trainee.load_model", lambda *_: pytest.fail("the weights were read"))
+    result = run("mntp", *fields, "--block-size", "0", "--mask-token", "no such token")
+    assert "error: mask_token must be one item" in result.output
+    assert not (tmp_path / "run").exists()

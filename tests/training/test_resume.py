@@ -6,6 +6,7 @@ Runs are forked from this process, each with one thread, so that importing torch
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bivec.training import checkpoint, loop, train
+from bivec.training import checkpoint, train
 from bivec.training.optimizer import Optimizer
+from bivec.training.output import LOG
+from bivec.training.trainee import Trainee
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
@@ -39,7 +42,7 @@ def settings(make_settings, tmp_path):
 
 def contents(output: Path) -> tuple[list[dict], bytes]:
     """The log's entries and the adapter's bytes."""
-    entries = [json.loads(line) for line in (output / loop.LOG).read_text().splitlines()]
+    entries = [json.loads(line) for line in (output / LOG).read_text().splitlines()]
     return entries, (output / "adapter_model.safetensors").read_bytes()
 
 
@@ -61,7 +64,7 @@ def assert_resumes(settings, uninterrupted, exit_code) -> None:
 
 
 # what saving a checkpoint does to the disk, each call a point at which a run can be killed
-TOUCHES = [(checkpoint, "save_file"), (checkpoint, "_sync"), (os, "replace"), (shutil, "rmtree"), (Path, "write_text")]
+TOUCHES = [(checkpoint, "save_file"), (checkpoint, "_sync"), (os, "replace"), (Path, "unlink"), (Path, "write_text")]
 
 
 def touch_counted(monkeypatch, at_call) -> None:
@@ -163,27 +166,39 @@ def test_sigterm_saves_first(settings, uninterrupted, monkeypatch, exit_code):
     assert contents(Path(resumed.output)) == uninterrupted
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(settings, uninterrupted, monkeypatch):
-    saves = [0]
-    original = checkpoint.save_file
+@pytest.mark.parametrize(("owner", "name", "call"), [(checkpoint, "save", 2), (Trainee, "save", 1)])
+def test_a_full_disk_leaves_the_earlier_checkpoints(
+    settings, uninterrupted, monkeypatch, exit_code, tmp_path, owner, name, call
+):
+    """The disk is full when the second checkpoint is written, and when the result is."""
+    original, calls = getattr(owner, name), [0]
 
-    def full(tensors, path):
-        saves[0] += 1
-        if saves[0] == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
+    def full(*arguments):
+        calls[0] += 1
+        if calls[0] == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        return original(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(settings())
-    folder = Path(settings().output) / checkpoint.CHECKPOINTS
-    assert [path.name for path in folder.iterdir()] == ["step-2"]
-    shutil.rmtree(settings().output)  # that run had more than one thread
-    monkeypatch.undo()
+    def run():
+        monkeypatch.setattr(owner, name, full)
+        try:
+            train(settings())
+        except OSError as error:
+            (tmp_path / "error").write_text(f"{error.errno} {error.filename} {error.strerror}")
+            raise SystemExit(3) from error
+
+    assert exit_code(run) == 3
+    folder = Path(settings().output)
+    said = (tmp_path / "error").read_text()
+    assert said.startswith(f"{errno.EFBIG} {folder}")
+    assert said.endswith(os.strerror(errno.EFBIG))
+    left = sorted(path.name for path in (folder / checkpoint.CHECKPOINTS).iterdir())
+    assert left == (["step-2"] if owner is checkpoint else ["step-6", "step-7"])
+    assert not (folder / "bivec.json").exists()
+    assert_resumes(settings, uninterrupted, exit_code)
 
 
-def test_a_damaged_checkpoint_is_passed_over(settings):
+def test_a_damaged_checkpoint_is_passed_over(settings, caplog):
     run = settings(max_steps=4)
     train(run)
     folder = Path(run.output) / checkpoint.CHECKPOINTS
@@ -193,8 +208,15 @@ def test_a_damaged_checkpoint_is_passed_over(settings):
     saved = checkpoint.newest(Path(run.output))
     assert saved is not None
     assert saved.path.name == "step-2"
-    (folder / "step-2" / "manifest.json").unlink()
-    assert checkpoint.newest(Path(run.output)) is None
+    assert "step-4: damaged, passed over for " in caplog.text
+    finished = contents(Path(run.output))
+    train(settings(max_steps=4, resume=True))
+    assert contents(Path(run.output)) == finished
+    for name in ("step-2", "step-4"):
+        (folder / name / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"every checkpoint is damaged, .*step-4, .*step-2; .*--overwrite"):
+        train(settings(max_steps=4, resume=True))
+    assert contents(Path(run.output)) == finished
 
 
 def test_resuming_a_finished_run_changes_nothing(settings):

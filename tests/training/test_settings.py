@@ -1,5 +1,6 @@
 """Settings from recipes and the command line: what wins, what is refused and by what name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def test_booleans_and_lists_on_the_command_line():
         ("stage: mntp\ntrain_head: 1\n", "train_head must be a boolean, got 1"),
         ("stage: mntp\ndata: a.txt\n", "data must be a list of strings, got 'a.txt'"),
         ("- mntp\n", "must be a mapping of fields, got list"),
+        ("stage: mntp\nlearning_rate: .inf\n", "learning_rate must be a finite number, got inf"),
+        ("stage: mntp\nmodel: 2026-13-45\n", "must be YAML: month must be in 1..12"),
+        ("data: &a [x, x]\neval_data: *a\n", r"lists of values, got the alias \*a"),
+        ("data:\n" + "".join(f"- {'[' * n}{']' * n}\n" for n in (1, 30_000)), "lists of values, got deeper nesting"),
         ("a: [1\n", "must be YAML"),
     ],
 )
@@ -77,6 +82,9 @@ def test_a_missing_recipe_and_an_unknown_stage():
         ("mntp", ["--full_finetuning", "--continue_adapter"], "full_finetuning and continue_adapter"),
         ("pretrain", ["--random_weights", "--no_full_finetuning"], "random_weights needs full_finetuning"),
         ("simcse", ["--attention_dropout", "0", "--lora_dropout", "0"], "both views are the same vector"),
+        ("simcse", ["--learning-rate", "inf"], "learning_rate must be a finite number, got inf"),
+        ("simcse", ["--adam_epsilon", "nan"], "adam_epsilon must be a finite number, got nan"),
+        ("simcse", ["--output", ""], "output must be a folder, got ''"),
         ("simcse", ["--temperature", "0"], "temperature must be above 0, got 0.0"),
         ("simcse", ["--batch_size", "1"], "batch_size must be at least 2"),
         ("simcse", ["--attention_dropout", "1"], r"attention_dropout must be in \[0, 1\), got 1.0"),
@@ -97,14 +105,28 @@ def test_every_recipe_of_the_project_can_be_read():
         assert settings.stage == stage
 
 
+def test_a_yaml_bomb_is_refused_before_it_is_expanded(recipe):
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    with pytest.raises(ValueError, match=r"got the alias \*a0"):
+        read_settings("mntp", ["--recipe", recipe("\n".join(lines)), *NEEDED])
+
+
+def test_a_recipe_within_the_output_is_refused(tmp_path, recipe):
+    path = recipe("stage: mntp\n")
+    with pytest.raises(ValueError, match=r"would overwrite the input .*recipe\.yaml"):
+        read_settings("mntp", ["--recipe", path, "--model", "m", "--data", "a.txt", "--output", str(tmp_path)])
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_lists_every_field_with_its_default(stage, capsys):
+def test_help_lists_every_field_once_with_its_default(stage, capsys):
     with pytest.raises(SystemExit) as exit_info:
         read_settings(stage, ["--help"])
     assert exit_info.value.code == 0
     shown = capsys.readouterr().out
     defaults = vars(read_settings(stage, NEEDED))
-    for name in defaults:
-        assert f"--{name}" in shown
+    options = re.findall(r"^  (--[\w-]+)", shown, re.MULTILINE)
+    assert set(options) >= {f"--{name.replace('_', '-')}" for name in defaults}
+    assert len(options) == len(set(options))
+    assert not re.findall(r"--\w+_\w+", shown)
     assert f"(default: {defaults['batch_size']})" in shown
     assert f"(default: {defaults['learning_rate']})" in shown
