@@ -6,38 +6,94 @@ is written, so two runs never share one. A file appears under its name whole or 
 
 import errno
 import fcntl
+import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
 
-def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises ValueError where an input (a file or a folder) is the output, holds it, or lies in it."""
+def refuse_inputs(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError where an input is the output or lies in it, or would find the output when it is read again.
+
+    Args:
+        inputs: files, folders and patterns, as the user gave them.
+    """
     target = output.resolve()
     for path in inputs:
-        source = path.resolve()
+        given = os.fspath(path)
+        if glob.has_magic(given) and not os.path.exists(given):
+            if _would_find(given, target):
+                raise ValueError(f"{output}: the output would be found by the input {given}; choose a place outside")
+            continue
+        source = Path(given).resolve()
         if source == target or target in source.parents:
-            raise ValueError(f"{output}: the output would overwrite the input {path}")
+            raise ValueError(f"{output}: the output would overwrite the input {given}")
         if source in target.parents:
-            raise ValueError(f"{output}: the output lies within the input {path}; choose a place outside")
+            raise ValueError(f"{output}: the output lies within the input {given}; choose a place outside")
 
 
-def refuse_foreign_files(folder: Path, own_names: re.Pattern[str]) -> None:
+def _would_find(pattern: str, target: Path) -> bool:
+    parts = Path(pattern).parts
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed]).resolve()
+    return root in target.parents and _matches(target.relative_to(root).parts, parts[fixed:])
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """`glob.glob`'s rule, part by part: `**` stands for any number of folders, or at the end for anything."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def refuse_existing(path: Path, is_own: Callable[[Path], bool], *, overwrite: bool) -> None:
+    """Raises FileExistsError where `path` exists, unless it is a file of the command and `overwrite` is asked for.
+
+    Args:
+        is_own: whether the command wrote this regular file.
+    """
+    if not os.path.lexists(path):
+        return
+    if _is_special(path):
+        raise FileExistsError(f"{path} is a folder, a link or a device: name a file")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; --overwrite replaces it")
+    if not is_own(path):
+        raise FileExistsError(f"{path} is not overwritten: it is nothing that this command wrote")
+
+
+def refuse_foreign_files(
+    folder: Path, own_names: re.Pattern[str], is_own: Callable[[Path], bool] = lambda path: True
+) -> None:
     """Raises FileExistsError naming a file below `folder` that the command did not write.
 
     Args:
         own_names: matches the whole path, below `folder` and with slashes, of each file that the command may write. A
-            symbolic link is never one, and folders count by the files in them.
+            symbolic link, or what else is no regular file, is never one, and folders count by the files in them.
+        is_own: whether the command wrote a file of such a name, for names that others may give as well.
     """
     for parent, folders, names in os.walk(folder, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in sorted([*names, *links]):
             path = Path(parent, name)
-            if path.is_symlink() or not own_names.fullmatch(path.relative_to(folder).as_posix()):
+            own = own_names.fullmatch(path.relative_to(folder).as_posix()) and not _is_special(path) and is_own(path)
+            if not own and os.path.lexists(path):  # a run that goes on may have removed it
                 raise FileExistsError(f"{folder}: not written to: it holds what bivec did not write, as {str(path)!r}")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something other than a regular file stands there: a link, a folder, a device."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _raise(error: OSError) -> None:
@@ -54,6 +110,7 @@ class AtomicFile:
     def __init__(self, temporary: Path, *, wait: bool = False):
         self.temporary = temporary
         self.handle: BinaryIO = open_locked(temporary, wait=wait)
+        self._status = os.fstat(self.handle.fileno())
 
     def finish(self) -> None:
         self.handle.flush()
@@ -66,8 +123,12 @@ class AtomicFile:
 
     def is_pending(self) -> bool:
         """Whether it is neither published nor aborted, also in the middle of an interrupted `publish`."""
+        return not self.handle.closed and self.stands_at(self.temporary)
+
+    def stands_at(self, path: Path) -> bool:
+        """Whether `path` names this file, and not one that somebody else put there."""
         try:
-            return not self.handle.closed and _same_file(self.handle, self.temporary)
+            return os.path.samestat(self._status, os.lstat(path))
         except FileNotFoundError:
             return False
 
@@ -95,13 +156,7 @@ def open_output(
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist")
-    if os.path.lexists(path):
-        if path.is_symlink() or not path.is_file():
-            raise FileExistsError(f"{path} is a folder, a link or a device: name a file")
-        if not overwrite:
-            raise FileExistsError(f"{path} exists; --overwrite replaces it")
-        if not is_own(path):
-            raise FileExistsError(f"{path} is not overwritten: it is nothing that this command wrote")
+    refuse_existing(path, is_own, overwrite=overwrite)
     refuse_inputs(path, inputs)
     file = AtomicFile(path.with_name(f".{path.name}.partial"))
 
@@ -142,12 +197,16 @@ def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> Bina
 
 def _open_appending(path: Path) -> BinaryIO:
     """`path`, made if need be; a link is not followed to what it names."""
-    try:
-        return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "ab")
+    try:  # readable too, which some network file systems want for a shared lock
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise FileExistsError(f"{path} is a symbolic link, which is not written through") from None
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileExistsError(f"{path} is not a regular file, and is not written to")
+    return open(descriptor, "ab")
 
 
 def _same_file(handle: BinaryIO, path: Path) -> bool:

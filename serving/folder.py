@@ -11,13 +11,17 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from ..engine.outputs import naming, open_locked, sync_folder
-from ..texts.rows import BadRow, InputFile
+from ..engine.outputs import naming, open_locked, refuse_existing, refuse_foreign_files, sync_folder
+from ..texts.rows import BadRow
 from . import manifest
 from .manifest import MANIFEST, SHARDS, Record
-from .writers import EmbeddingFile, errors_path
+from .writers import EmbeddingFile, errors_path, is_own_errors, is_own_file
 
-_PART = re.compile(r"part-\d{5,}\.parquet")
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+_UNBEGUN = re.compile(rf"{_PART.pattern}|{SHARDS}/(lock(-\d+-of-\d+)?|manifest\.partial)")
+_BEGUN = re.compile(
+    rf"{_UNBEGUN.pattern}|{re.escape(MANIFEST)}|{SHARDS}/\d{{5,}}\.(json|json\.partial|parquet\.partial)"
+)
 
 
 class OutputFolder:
@@ -29,9 +33,10 @@ class OutputFolder:
     Args:
         share: `(I, N)`, if other processes write the other N - 1 shares of the same job.
     Raises:
-        FileExistsError: the folder holds something and neither `resume` nor `overwrite` is asked, or is being written.
+        FileExistsError: the folder holds a job and neither `resume` nor `overwrite` is asked for, or what bivec did not
+            write, or another run is writing it.
         FileNotFoundError: the folder to make it in does not exist.
-        ValueError: the name is not a folder's, or the folder holds files that bivec did not write.
+        ValueError: the name is not a folder's, or the job's manifest is damaged.
     """
 
     def __init__(
@@ -61,24 +66,34 @@ class OutputFolder:
             raise ValueError(f"the output must be a .parquet file or a folder, got {given!r}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{given}: the folder {str(self.path.parent)!r} does not exist")
-        if not self.path.is_dir():
-            if self.path.exists():
-                raise FileExistsError(f"{given} exists and is not a folder; a file's name must end in .parquet")
-            if self.path.suffix and not given.endswith(os.sep):
-                raise ValueError(
-                    f"{given}: a file's name must end in .parquet, a folder's with such a name in {os.sep!r}"
-                )
-            return
-        names = set(os.listdir(self.path)) - {SHARDS}
-        foreign = sorted(name for name in names if name != MANIFEST and not _PART.fullmatch(name))
-        if foreign and (overwrite or resume):
-            raise ValueError(f"{given}: not written to: it holds files that bivec did not write, as {foreign[0]!r}")
+        if self.path.is_dir():
+            self._refuse_foreign_files()
+        elif os.path.lexists(self.path):
+            raise FileExistsError(f"{given} exists and is not a folder; a file's name must end in .parquet")
+        elif self.path.suffix and not given.endswith(os.sep):
+            raise ValueError(f"{given}: a file's name must end in .parquet, a folder's with such a name in {os.sep!r}")
+        names = set(os.listdir(self.path)) - {SHARDS} if self.path.is_dir() else set()
+        begun = MANIFEST in names
         if names and not overwrite:
             if not resume:
-                begun = "--resume continues it, " if MANIFEST in names else ""
-                raise FileExistsError(f"{given} exists; {begun}--overwrite replaces it")
-            if MANIFEST not in names:
+                raise FileExistsError(f"{given} exists; {'--resume continues it, ' * begun}--overwrite replaces it")
+            if not begun:
                 raise FileExistsError(f"{given} has no manifest to resume from; --overwrite replaces it")
+        refuse_existing(self.errors_path, is_own_errors, overwrite=overwrite or begun)
+
+    def _refuse_foreign_files(self) -> None:
+        """A shard is known as bivec's by its record or, where that is lost, by what it says of itself."""
+
+        def is_own(path: Path) -> bool:
+            part = _PART.fullmatch(path.name)
+            return not part or manifest.record_path(self.path, int(part[1])).exists() or is_own_file(path)
+
+        try:
+            refuse_foreign_files(self.path, _UNBEGUN, is_own)
+        except FileExistsError:
+            if manifest.load(self.path) is None:  # looked for last: other shares may have just begun
+                raise
+            refuse_foreign_files(self.path, _BEGUN, is_own)
 
     def _lock(self) -> None:
         names = ["lock"] if self._share is None else ["lock", "lock-{}-of-{}".format(*self._share)]
@@ -94,25 +109,36 @@ class OutputFolder:
                 with naming(self.path):
                     self._locks[-1].write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                     self._locks[-1].flush()
+        if self._share is not None:
+            self._refuse_other_shares(self._share[1])
 
-    def check_inputs(self, files: Sequence[InputFile]) -> None:
-        """Raises ValueError where an input stands in the output."""
-        output = self.path.resolve()
-        for file in files:
-            source = file.path.resolve()
-            if source == self.errors_path.resolve() or output in source.parents:
-                raise ValueError(f"{self.path}: the output would overwrite the input {file.path}")
+    def _refuse_other_shares(self, count: int) -> None:
+        """Shares of one count have no shard in common; those of two counts do."""
+        for path in sorted((self.path / SHARDS).glob("lock-*-of-*")):
+            other = int(path.name.rpartition("-")[2])
+            if other != count:
+                try:
+                    open_locked(path, shared=True).close()
+                except FileExistsError:
+                    raise FileExistsError(
+                        f"{self.path}: another run is writing this output in {other} shares, not {count} "
+                        f"({path.read_text(encoding='utf-8')})"
+                    ) from None
 
     def clear(self) -> None:
-        """Removes an earlier job, its manifest first."""
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        sync_folder(self.path)
+        """Removes an earlier job, its manifest last: with it, what is left is still known as bivec's."""
+        self._refuse_foreign_files()
         for name in filter(_PART.fullmatch, os.listdir(self.path)):
             (self.path / name).unlink()
         for path in (self.path / SHARDS).iterdir():
             if not path.name.startswith("lock"):
                 path.unlink()
+        refuse_existing(self.errors_path, is_own_errors, overwrite=True)
         self.errors_path.unlink(missing_ok=True)
+        for folder in (self.path, self.path / SHARDS):
+            sync_folder(folder)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        sync_folder(self.path)
 
     def __enter__(self) -> Self:
         return self

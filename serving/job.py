@@ -5,9 +5,11 @@ failures go to `OUT.errors.jsonl` and the job goes on. A job into one file leave
 folder keeps the shards that are done and can be resumed (`manifest.py`).
 """
 
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Self
 
 from tqdm import tqdm
 
+from ..engine.outputs import refuse_inputs
 from ..texts.files import find_files
 from ..texts.rows import BadRow, InputFile
 from . import manifest
@@ -24,7 +27,7 @@ from .readers import ROWS_PER_SHARD, Shard, check_rows, fingerprint
 from .settings import EmbedSettings
 from .shards import Done, FileShards, RowEncoder, embed_shards, stamp
 from .workers import Load, Plan, in_processes, in_this_process, provenance_of, rows_and_dimension, visible_gpus
-from .writers import OutputFile
+from .writers import OutputFile, errors_path
 
 
 @dataclass
@@ -100,8 +103,22 @@ def run(
     if settings.overwrite and (settings.resume or settings.shard):
         raise ValueError("--overwrite must not be given with --resume or --shard, which keep what is done")
     files = find_files(settings.inputs)
+    _refuse_inputs(settings, files)
     job = _embed_into_file if Path(settings.output).suffix == ".parquet" else _embed_into_folder
     return job(settings, files, load, before_loading)
+
+
+def _refuse_inputs(settings: EmbedSettings, files: Sequence[InputFile]) -> None:
+    """Raises ValueError where the output would overwrite an input, or be an input of the same command given again."""
+    output = Path(settings.output)
+    folders = [Path(item) for item in settings.inputs if os.path.isdir(item)]
+    # a folder that lies elsewhere, behind a link, too
+    reached = {file.path.parent for file in files if any(folder in file.path.parents for folder in folders)}
+    paths = [file.path for file in files]
+    given: list[str | Path] = [*settings.inputs, *paths, *sorted(reached)]
+    for path in (output, manifest.part_path(output, 0)):
+        refuse_inputs(path, given)
+    refuse_inputs(errors_path(output), given if settings.on_error == "skip" else paths)
 
 
 def _embed_into_file(
@@ -113,7 +130,6 @@ def _embed_into_file(
     if (settings.workers or 1) > 1:
         raise ValueError(f"--workers needs a folder as the output; {settings.output} is one file")
     with OutputFile(settings.output, overwrite=settings.overwrite) as output:
-        output.check_inputs(files)
         plan = _plan(settings, files, list(map(stamp, files)), load, inputs=[])
         before_loading()
         encoder = load(settings)
@@ -135,7 +151,6 @@ def _embed_into_folder(
 ) -> Summary:
     share = None if settings.shard is None else _parse_share(settings.shard)
     with OutputFolder(settings.output, overwrite=settings.overwrite, resume=settings.resume, share=share) as folder:
-        folder.check_inputs(files)
         stamps = list(map(stamp, files))
         inputs = fingerprint(files)
         earlier = None if settings.overwrite else Manifest.read(folder.path)
@@ -144,7 +159,7 @@ def _embed_into_folder(
         mine = range(first, len(plan.shards), step)
         if earlier:
             earlier.refuse_changes(folder.path, Manifest(plan.configuration(), inputs, plan.shards))
-            pending = [number for number in mine if not manifest.is_done(folder.path, number)]
+            pending = _not_done(folder.path, plan, mine)
         else:
             pending = list(mine)
         before_loading()
@@ -170,10 +185,28 @@ def _embed_into_folder(
                 in_processes(plan, pending, on_ready, progress.on_done, progress.on_pass, num_workers)
             else:
                 in_this_process(plan, pending, on_ready, progress.on_done, progress.on_pass)
-            summary.num_shards_left = sum(not manifest.is_done(folder.path, n) for n in range(len(plan.shards)))
-            if not summary.num_shards_left:
-                manifest.write_errors(folder.path, len(plan.shards))
+            done = [manifest.is_done(folder.path, n, shard.num_rows) for n, shard in enumerate(plan.shards)]
+            summary.num_shards_left = done.count(False)
+            if all(done):
+                manifest.write_errors(folder.path, plan.shards)
     return summary
+
+
+def _not_done(folder: Path, plan: Plan, numbers: Sequence[int]) -> list[int]:
+    """Those of `numbers` that are to be done, also again: a file that is not what was written is told in a warning."""
+    done = [number for number in numbers if manifest.is_done(folder, number, plan.shards[number].num_rows)]
+    num_bytes = sum(manifest.part_path(folder, number).stat().st_size for number in done)
+    shown = {"unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
+    with tqdm(desc="checking what is done", total=num_bytes, **shown) as bar:
+        changed = manifest.changed_shards(folder, plan.shards, done, bar.update)
+    if changed:
+        names = ", ".join(manifest.part_path(folder, number).name for number in changed[:5])
+        warnings.warn(
+            f"{folder}: not as written, and done again: {names}{', …' * (len(changed) > 5)} ({len(changed)})",
+            stacklevel=2,
+        )
+    kept = set(done) - set(changed)
+    return [number for number in numbers if number not in kept]
 
 
 def _plan(

@@ -1,28 +1,29 @@
 """A job into a folder: what it is, fixed when it begins, and which of its shards are done.
 
-    OUT/_manifest.json           configuration, inputs and shards; written once, whole, by whoever comes first
+    OUT/_manifest.json           configuration, inputs, shards and their SHA-256; written once, by whoever comes first
     OUT/_shards/00012.json       the record of shard 12: counts, bad rows, size and SHA-256 of its file
     OUT/part-00012.parquet       the shard; it appears after its record, so no reader sees a file that is not on record
     OUT.errors.jsonl             the bad rows of all records, in order, once all shards are done
 
-A shard is done when its record and its file are there; everything else that a killed run leaves is removed or written
-again. No file is written by two processes, so workers and machines need no lock to say what they have done.
+A shard is done when its record and its file are there; a resumed job also hashes the file. Everything else that a
+killed run leaves is removed or written again. No file is written by two processes, so workers and machines need no lock
+to say what they have done.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.outputs import AtomicFile, naming
+from ..engine.outputs import AtomicFile, naming, refuse_existing
 from ..texts.rows import BadRow, Start
 from .readers import Shard
-from .writers import error_lines, errors_path
+from .writers import error_lines, errors_path, is_own_errors
 
-_FORMAT = 1
+_FORMAT = 2
 MANIFEST = "_manifest.json"
 SHARDS = "_shards"
 
@@ -49,19 +50,18 @@ class Manifest:
         """The manifest of an output folder, or None.
 
         Raises:
-            ValueError: it is of another version of bivec, or damaged.
+            ValueError: it is of another version of bivec, or is not as it was written.
         """
-        path = folder / MANIFEST
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format"] != _FORMAT:
-                raise ValueError(f"{path} has format {values['format']}, this version of bivec reads {_FORMAT}")
-            shards = [Shard(file, Start(*start), num_rows) for file, start, num_rows in values["shards"]]
-            return cls(values["configuration"], values["inputs"], shards)
-        except FileNotFoundError:
+        values = load(folder)
+        if values is None:
             return None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged; --overwrite begins the job again") from error
+        path = folder / MANIFEST
+        if values["format"] != _FORMAT:
+            raise ValueError(f"{path} has format {values['format']}, this version of bivec reads {_FORMAT}")
+        if values.pop("sha256", None) != _digest(values):
+            raise ValueError(f"{path} was changed since the job began; --overwrite begins the job again")
+        shards = [Shard(file, Start(*start), num_rows) for file, start, num_rows in values["shards"]]
+        return cls(values["configuration"], values["inputs"], shards)
 
     def create(self, folder: Path) -> None:
         """Writes it unless there is one; raises ValueError, with a line a field, where that one differs."""
@@ -70,6 +70,7 @@ class Manifest:
             try:
                 if not (folder / MANIFEST).exists():
                     values = {"format": _FORMAT, **asdict(self)}
+                    values["sha256"] = _digest(values)
                     file.handle.write(json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
                     file.finish()
                     file.publish(folder / MANIFEST)
@@ -93,6 +94,29 @@ class Manifest:
         ]
         if lines:
             raise ValueError(f"{folder} was begun otherwise, and --overwrite begins it again:\n  " + "\n  ".join(lines))
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of an output folder holds, or None; whether it is as it was written, `Manifest.read` says.
+
+    Raises:
+        ValueError: it is no manifest, or one that is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not values.keys() >= {"format", "configuration", "inputs", "shards"}:
+        raise ValueError(f"{path} is damaged, or bivec did not write it: nothing is written beside it")
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _fields(configuration: dict[str, Any], found: Manifest) -> dict[str, str]:
@@ -155,38 +179,64 @@ def write_record(folder: Path, number: int, record: Record) -> None:
         file.abort()
 
 
-def read_record(folder: Path, number: int) -> Record | None:
-    """The record of a shard that is done; None where the record or the file is missing or is not whole."""
+def read_record(folder: Path, number: int, num_rows: int) -> Record | None:
+    """The record of a shard that is done; None where the record or the file is missing or is not whole.
+
+    Args:
+        num_rows: of the shard.
+    """
     try:
-        values = json.loads(record_path(folder, number).read_text(encoding="utf-8"))
+        values = json.loads(record_path(folder, number).read_bytes())
         record = Record(**(values | {"bad_rows": [BadRow(*row) for row in values["bad_rows"]]}))
-        return record if part_path(folder, number).stat().st_size == record.num_bytes else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        counted = record.num_written + len(record.bad_rows) == num_rows
+        return record if counted and part_path(folder, number).stat().st_size == record.num_bytes else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def is_done(folder: Path, number: int) -> bool:
-    return read_record(folder, number) is not None
+def is_done(folder: Path, number: int, num_rows: int) -> bool:
+    return read_record(folder, number, num_rows) is not None
 
 
-def write_errors(folder: Path, num_shards: int) -> None:
-    """Writes the errors file from the records of all shards, or removes it if there are none; again does no harm."""
+def changed_shards(
+    folder: Path, shards: Sequence[Shard], numbers: Sequence[int], progress: Callable[[int], object]
+) -> list[int]:
+    """Those of `numbers`, all done, whose file is not what was written; `progress` is called with bytes read."""
+    changed = []
+    for number in numbers:
+        record = read_record(folder, number, shards[number].num_rows)
+        if record is None or file_digest(part_path(folder, number)) != (record.num_bytes, record.sha256):
+            changed.append(number)
+        progress(record.num_bytes if record else 0)
+    return changed
+
+
+def write_errors(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes the errors file from the records of all shards, or removes it if there are none; again does no harm.
+
+    Raises:
+        FileExistsError: bivec did not write the errors file that is there.
+    """
+
+    def bad_rows() -> Iterator[list[BadRow]]:
+        for number, shard in enumerate(shards):
+            record = read_record(folder, number, shard.num_rows)
+            if record is None:
+                raise FileNotFoundError(f"{part_path(folder, number)} was removed while the job ran")
+            yield record.bad_rows
+
     final = errors_path(folder)
+    refuse_existing(final, is_own_errors, overwrite=True)
+    if not any(bad_rows()):
+        final.unlink(missing_ok=True)
+        return
     with naming(folder):
         file = AtomicFile(final.with_name(f".{final.name}.partial"), wait=True)
         try:
-            num_failed = 0
-            for number in range(num_shards):
-                record = read_record(folder, number)
-                if record is None:
-                    raise FileNotFoundError(f"{part_path(folder, number)} was removed while the job ran")
-                num_failed += len(record.bad_rows)
-                file.handle.write(error_lines(record.bad_rows))
-            if num_failed:
-                file.finish()
-                file.publish(final)
-            else:
-                final.unlink(missing_ok=True)
+            for rows in bad_rows():
+                file.handle.write(error_lines(rows))
+            file.finish()
+            file.publish(final)
         finally:
             file.abort()
 

@@ -17,8 +17,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..engine.outputs import AtomicFile, naming
-from ..texts.rows import BadRow, InputFile
+from ..engine.outputs import AtomicFile, naming, refuse_existing
+from ..texts.rows import BadRow
+
+_COLUMNS = ["id", "embedding"]
+_PROVENANCE = b"bivec"  # the key of the schema's metadata by which a file is known as ours
+_MAX_ERROR_BYTES = 2**20  # a foreign file may be one endless line
 
 
 class EmbeddingFile:
@@ -44,9 +48,9 @@ class EmbeddingFile:
         if precision not in elements:
             raise ValueError(f"precision must be one of {', '.join(elements)}, got {precision!r}")
         self._dimension, self._precision, element = dimension, precision, elements[precision]
-        metadata = {"bivec": json.dumps(provenance, ensure_ascii=False)}
-        columns = [pa.field("id", pa.string(), False), pa.field("embedding", pa.list_(element, dimension), False)]
-        self._schema = pa.schema(columns, metadata)
+        types = (pa.string(), pa.list_(element, dimension))
+        columns = [pa.field(name, kind, nullable=False) for name, kind in zip(_COLUMNS, types, strict=True)]
+        self._schema = pa.schema(columns, {_PROVENANCE: json.dumps(provenance, ensure_ascii=False)})
         # floats do not compress; a dictionary is what makes an int8 one byte (Parquet's smallest integer has four)
         self._writer = pq.ParquetWriter(
             self._file.handle,
@@ -90,10 +94,38 @@ class EmbeddingFile:
         self._file.abort()
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether `path` is a Parquet file as `EmbeddingFile` writes it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):  # no Parquet file
+        return False
+    return schema.names == _COLUMNS and _PROVENANCE in (schema.metadata or {})
+
+
 def error_lines(rows: Iterable[BadRow]) -> bytes:
     """Bad rows as the errors file has them."""
     entries = ({"file": row.file, "line": row.line, "reason": row.reason} for row in rows)
     return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def is_own_errors(path: Path) -> bool:
+    """Whether `path` holds bad rows as `error_lines` gives them, at least one, and nothing else."""
+    num_rows = 0
+    try:
+        with path.open("rb") as stream:
+            while line := stream.readline(_MAX_ERROR_BYTES):
+                entry = json.loads(line)
+                own = isinstance(entry, dict) and list(entry) == ["file", "line", "reason"]
+                if not own or json.dumps(entry).encode() + b"\n" != line:
+                    return False
+                num_rows += 1
+    except (ValueError, RecursionError):  # no JSON
+        return False
+    return num_rows > 0
 
 
 def errors_path(output: Path) -> Path:
@@ -108,7 +140,8 @@ class OutputFile:
     without a commit removes everything that this run wrote; what it was to overwrite is kept.
 
     Raises:
-        FileExistsError: the output exists and `overwrite` is false, or another run is writing it.
+        FileExistsError: the output or its errors file exists, and bivec did not write it or `overwrite` is false; or
+            another run is writing it.
         FileNotFoundError: the folder to write in does not exist.
     """
 
@@ -119,8 +152,7 @@ class OutputFile:
             raise FileNotFoundError(f"{path}: the folder {str(self.path.parent)!r} does not exist")
         if self.path.is_dir():
             raise FileExistsError(f"{path} is a folder: name a file, or a folder without .parquet")
-        if self.path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; --overwrite replaces it")
+        self._overwrite = overwrite
         self._num_failed = 0
         self._file: EmbeddingFile | None = EmbeddingFile(self.path.with_name(f".{self.path.name}.partial"))
         try:
@@ -128,13 +160,15 @@ class OutputFile:
         except BaseException:
             self._file.abort()
             raise
+        try:
+            self._refuse_existing()
+        except BaseException:
+            self.abort()
+            raise
 
-    def check_inputs(self, files: Sequence[InputFile]) -> None:
-        """Raises ValueError where an input is the output."""
-        outputs = (self.path.resolve(), self.errors_path.resolve())
-        for file in files:
-            if file.path.resolve() in outputs:
-                raise ValueError(f"{self.path}: the output would overwrite the input {file.path}")
+    def _refuse_existing(self) -> None:
+        refuse_existing(self.path, is_own_file, overwrite=self._overwrite)
+        refuse_existing(self.errors_path, is_own_errors, overwrite=self._overwrite)
 
     def begin(self, dimension: int, precision: str, provenance: Mapping[str, Any]) -> None:
         """As `EmbeddingFile.begin`."""
@@ -155,11 +189,16 @@ class OutputFile:
         self._num_failed += 1
 
     def commit(self) -> None:
-        """Publishes the errors file, or removes an older run's, and then, last, the Parquet file."""
+        """Publishes the errors file, or removes an older run's, and then, last, the Parquet file.
+
+        Raises:
+            FileExistsError: as when it was made, for what somebody has put there since.
+        """
         assert self._file is not None
         with naming(self.path):
             self._file.finish()
             self._errors.finish()
+        self._refuse_existing()
         if self._num_failed:
             self._errors.publish(self.errors_path)
         else:
@@ -173,8 +212,8 @@ class OutputFile:
         file, self._file = self._file, None
         if file is None or (self._errors.handle.closed and not file.is_pending()):
             return
-        if self._num_failed and not self._errors.is_pending():
-            self.errors_path.unlink(missing_ok=True)
+        if self._errors.stands_at(self.errors_path):
+            self.errors_path.unlink()
         self._errors.abort()
         file.abort()
 

@@ -200,15 +200,18 @@ def test_fail_on_a_row_that_only_the_encoder_refuses_leaves_no_file(embed, tmp_p
         ({"inputs": ["bad.jsonl"], "text_column": "title", "id_column": "id"}, ValueError, "must be unique"),
         ({"inputs": ["bad.jsonl"], "text_column": "title", "id_column": "key"}, ValueError, "no column 'key'"),
         ({"output": "missing/out.parquet"}, FileNotFoundError, "does not exist"),
-        ({"output": "old.parquet"}, FileExistsError, "--overwrite"),
-        ({"output": "in.txt", "overwrite": True}, FileExistsError, "is not a folder"),
+        ({"output": "old.parquet"}, FileExistsError, "bivec did not write it: it is not replaced"),
+        ({"output": "old.parquet", "overwrite": True}, FileExistsError, "bivec did not write it: it is not replaced"),
+        ({"output": "old.txt", "overwrite": True}, FileExistsError, "is not a folder"),
+        ({"output": "in.txt", "overwrite": True}, ValueError, "the output would overwrite the input"),
         ({"output": "/proc/self/out.parquet"}, OSError, "/proc/self"),
         ({"limit": 0}, ValueError, "limit must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_loads(texts, tmp_path, arguments, error, message):
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "title": "a"}\n{"id": 1, "title": "b"}\n')
-    (tmp_path / "old.parquet").write_bytes(b"precious")
+    for name in ("old.parquet", "old.txt"):
+        (tmp_path / name).write_bytes(b"precious")
     before = sorted(os.listdir(tmp_path))
     arguments = {"inputs": [texts.name], "output": "out.parquet", "model": "stub", **arguments}
     arguments["inputs"] = [str(tmp_path / name) for name in arguments["inputs"]]
@@ -251,7 +254,7 @@ def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_run_cleans_up(s
     assert sorted(os.listdir(tmp_path)) == sorted(["in.txt", name])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_removes_temporary_files(start, texts, tmp_path, number, status):
     name = "out.parquet"
     process = start(texts, "--output", tmp_path / name, pause_at=3)

@@ -12,7 +12,6 @@ import pytest
 
 from bivec.engine import outputs
 from bivec.serving.writers import OutputFile
-from bivec.texts.files import find_files
 from bivec.texts.rows import BadRow
 
 
@@ -119,20 +118,6 @@ def test_an_output_that_cannot_be_is_refused(tmp_path, name, error, message):
 def test_a_place_that_is_not_writable_is_found_out_at_once():
     with pytest.raises(OSError, match="/proc/self"):
         OutputFile("/proc/self/out.parquet")
-
-
-def test_an_input_is_never_the_output(tmp_path):
-    write(tmp_path / "out.parquet", (0, 3), failed=[BadRow("a.txt", 1, "x")])
-    for output, source in [
-        ("out.parquet", "out.parquet"),
-        ("out.parquet", "out.parquet.errors.jsonl"),
-    ]:
-        with (
-            OutputFile(tmp_path / output, overwrite=True) as opened,
-            pytest.raises(ValueError, match="would overwrite the input"),
-        ):
-            opened.check_inputs(find_files([tmp_path / source]))
-    check(pq.read_table(tmp_path / "out.parquet"), 3)
 
 
 def test_a_second_run_on_the_same_output_is_refused(tmp_path):
