@@ -10,6 +10,7 @@ import typer
 
 from . import DEFAULT_MODEL
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 INTERNAL_ERROR = 70  # the status that sysexits.h gives a program's own fault
 
 # what a terminal obeys instead of showing: C0 but the line feed, DEL, C1, marks of direction and of lines; and lone
@@ -89,7 +90,7 @@ def one_line_errors() -> Iterator[None]:
     suffice. 130: interrupted. `INTERNAL_ERROR`: a bug; the line tells where.
     """
     # not what `nohup` has set to be ignored
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _terminate) for number in caught}
     try:
         yield
@@ -162,4 +163,6 @@ def _tell(kind: str, message: str) -> None:
 
 
 def _terminate(number: int, _: object) -> NoReturn:
+    for further in _ENDING:  # a terminal that closes sends more than one, and what is cleaned up must not be cut short
+        signal.signal(further, signal.SIG_IGN)
     raise SystemExit(128 + number)  # unwinds through the job, which removes its temporary files

@@ -7,6 +7,7 @@ A worker that dies ends the job, and a resumed job goes on where it ended.
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -261,7 +262,8 @@ def _send(connection: Connection, number: int | None) -> None:
 def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> None:
     """A worker's whole life: ready, shards until there are no more, end."""
     os.environ.update(environment)  # before torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate)
     reporter = _Reporter(connection)
     try:
@@ -325,8 +327,13 @@ def _environments(device: str, num_workers: int) -> Iterator[dict[str, str]]:
         if gpus:
             yield {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]}
         else:
-            cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-            yield {"OMP_NUM_THREADS": str(max(cores // num_workers, 1))}
+            yield {"OMP_NUM_THREADS": str(max(_num_cores() // num_workers, 1))}
+
+
+def _num_cores() -> int:
+    """As OMP_NUM_THREADS says, of whose list (a number a level of nesting) the first counts; else what there is."""
+    told = re.match(r"\s*(\d+)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(told[1]) if told and int(told[1]) else len(os.sched_getaffinity(0))
 
 
 def visible_gpus() -> list[str]:

@@ -1,11 +1,15 @@
 """Several processes on one job: all of them are heard of, and what one does when it dies or hangs loses nothing."""
 
+import os
+import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
+from bivec import cli_shared
 from bivec.serving import workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -78,6 +82,53 @@ def test_a_worker_that_is_slow_is_left_alone(monkeypatch):
         getattr(watchdog, step)(*([7] if step == "taken" else []))
     watchdog.progress()
     assert calls == ["set", "set", "set", "set", "cancelled"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
+def test_a_terminal_that_closes_reaches_the_workers_too(start, texts, tmp_path):
+    """They go on until the parent ends them, and so remove what is not done."""
+    process = start(texts, "--output", tmp_path / "out", "--workers", 2, pause_at=2)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (129, "")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_what_ends_a_command_ends_it_once():
+    """A second signal does not interrupt the clean-up; a SIGHUP that nohup has put aside stays so."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    cleaned_up = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned_up.append(True)
+
+    with pytest.raises(SystemExit) as caught, cli_shared.one_line_errors():
+        work()
+    assert (caught.value.code, cleaned_up) == (143, [True])
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli_shared.one_line_errors():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "cores"),
+    [("6", 3), ("6,2", 3), (" 6 , 2,1", 3), ("1", 1), ("", 4), ("0", 4), ("many", 4), ("-2", 4), ("2.5", 4)],
+)
+def test_workers_share_the_cores(monkeypatch, value, cores):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert list(workers._environments("cpu", 2)) == [{"OMP_NUM_THREADS": str(cores)}] * 2
 
 
 def test_a_workers_bad_row_is_one_line(start, tmp_path):
