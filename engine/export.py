@@ -1,26 +1,33 @@
 """A model as one folder: its adapters merged, for bivec, transformers, sentence-transformers and what reads theirs."""
 
-import json
-import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 
 from .adapters import load_merged
-from .checkpoints import resolve
+from .checkpoints import Checkpoint, resolve
 from .config import BIDIRECTIONAL, load_config
+from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .json_files import read_object
+from .model import LlamaModel
 from .ops import DTYPES
-from .prompts import model_prompts
-from .run_folder import RunDescription
-from .tokens import copy_tokenizer, own_max_length
+from .outputs import open_folder
+from .prompts import PROMPTS_FILE, document_prompt, model_prompts
+from .run_folder import RUN_FILE, RunDescription
+from .tokens import MAX_LENGTH_FILE, TextTokenizer, load_tokenizer, own_max_length
 
 # sentence-transformers' name of each pooling mode
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
+
+_FILES = re.compile(
+    r"(config|tokenizer|tokenizer_config|modules|1_Pooling/config|model\.safetensors\.index)\.json|tokenizer\.model"
+    rf"|model(-\d+-of-\d+)?\.safetensors|{PROMPTS_FILE}|{MAX_LENGTH_FILE}|{RUN_FILE}"
+)
 
 
 def export(
@@ -45,9 +52,6 @@ def export(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: naming the argument or file and what was expected.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     checkpoint = resolve(model, adapters)
@@ -58,21 +62,29 @@ def export(
         raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {pooling!r}")
     if run is not None and run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
-    llama = load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype])
+    prompts, default_prompt = _exported_prompts(checkpoint, pooling)
+    if max_length is None:
+        max_length = own_max_length(checkpoint.tokenizer)
+    max_length = min(max_length, config.max_position_embeddings)
+    tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
 
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        save_torch_state_dict(dict(llama.named_parameters()), temporary, max_shard_size="5GB")
-        _write_config(checkpoint.base, temporary, dtype)
-        _write_tokenizer(checkpoint.tokenizer, temporary)
-        prompts, default_prompt = model_prompts(checkpoint)
+    inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
+    with open_folder(Path(output), inputs, _FILES) as folder:
+        write_tokenizer(
+            tokenizer.hugging_face,
+            folder,
+            prompts=prompts.values(),
+            max_length=max_length,
+            vocab_size=config.vocab_size,
+        )
+        _write_config(checkpoint.base, folder, dtype)
+        written = load_tokenizer(folder, config.vocab_size)
+        check_tokenizer(tokenizer, written, prompts, counted=pooling != "last")
+        if (checkpoint.tokenizer / "tokenizer.model").is_file():  # llama.cpp's converter looks for it
+            shutil.copyfile(checkpoint.tokenizer / "tokenizer.model", folder / "tokenizer.model")
         if prompts:
-            found = {"prompts": prompts, "default_prompt_name": default_prompt}
-            _write_json(temporary / "config_sentence_transformers.json", found)
-        if max_length is None:
-            max_length = own_max_length(checkpoint.tokenizer)
-        _write_modules(temporary, config.hidden_size, pooling, min(max_length, config.max_position_embeddings))
+            write_json(folder / PROMPTS_FILE, {"prompts": prompts, "default_prompt_name": default_prompt})
+        _write_modules(folder, config.hidden_size, pooling, max_length)
         RunDescription(
             stage="export",
             base_model=None,
@@ -80,31 +92,45 @@ def export(
             instruction=run.instruction if run else "",
             symmetric_instruction=run.symmetric_instruction if run else False,
             readout_shift=run.readout_shift if run else 0,
-        ).write(temporary)
-        _open_to_readers(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.replace(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        ).write(folder)
+        _write_weights(load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype]), folder)
+
+
+def _exported_prompts(checkpoint: Checkpoint, pooling: str) -> tuple[dict[str, str], str | None]:
+    """Prompts by name and the default's name, such that sentence-transformers takes the same for queries and documents.
+
+    Raises:
+        ValueError: there is a prompt, and sentence-transformers would pool a text after it otherwise than bivec.
+    """
+    prompts, default = model_prompts(checkpoint)
+    if "document" not in prompts and document_prompt(prompts):
+        prompts["document"] = document_prompt(prompts)
+    for name, prompt in prompts.items():
+        if prompt and pooling == "weighted_mean":
+            raise ValueError(
+                f"pooling 'weighted_mean' cannot be exported with the prompt {name!r} ({prompt!r}): "
+                "sentence-transformers' weights begin with the prompt's tokens, bivec's with the text's; use the model "
+                "as it is, or export it with another pooling"
+            )
+    return prompts, default
+
+
+def _write_weights(llama: LlamaModel, folder: Path) -> None:
+    """Safetensors, with the mode of any other new file: it makes them for their owner alone."""
+    try:
+        save_torch_state_dict(dict(llama.named_parameters()), folder, max_shard_size="5GB")
+    except SafetensorError as error:
+        raise OSError(f"the weights cannot be written to {folder}: {error}") from error
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _write_config(base: Path, folder: Path, dtype: str) -> None:
     values = read_object(base / "config.json")
     values.pop("torch_dtype", None)
     architectures = [name.replace("ForCausalLM", "Model") for name in values.get("architectures") or []]
-    _write_json(folder / "config.json", values | {"architectures": architectures, "dtype": dtype, "is_causal": False})
-
-
-def _write_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files; one that cannot pad gets a padding token, without which peers refuse it."""
-    copy_tokenizer(source, folder)
-    path = folder / "tokenizer_config.json"
-    values = read_object(path) if path.is_file() else {}
-    if values.get("pad_token") is None:
-        end = values.get("eos_token") or values.get("bos_token")
-        if end is not None:
-            _write_json(path, values | {"pad_token": end})
+    write_json(folder / "config.json", values | {"architectures": architectures, "dtype": dtype, "is_causal": False})
 
 
 def _write_modules(folder: Path, width: int, pooling: str, max_length: int) -> None:
@@ -114,21 +140,10 @@ def _write_modules(folder: Path, width: int, pooling: str, max_length: int) -> N
         {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for place, (kind, path) in enumerate(paths.items())
     ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(folder / "modules.json", modules)
+    write_json(folder / MAX_LENGTH_FILE, {"max_seq_length": max_length, "do_lower_case": False})
     modes = {f"pooling_mode_{name}": mode == pooling for mode, name in _POOLING.items()}
     (folder / "1_Pooling").mkdir()
-    _write_json(
-        folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes, "include_prompt": False}
-    )
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Safetensors makes its files for their owner alone; give them the mode of any other new file."""
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):
-        path.chmod(mode)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # the last token is the same with the prompt, which need not be counted then
+    values = {"word_embedding_dimension": width, **modes, "include_prompt": pooling == "last"}
+    write_json(folder / "1_Pooling" / "config.json", values)

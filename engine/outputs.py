@@ -9,6 +9,7 @@ import fcntl
 import glob
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -170,6 +171,52 @@ def open_output(
         yield publish
     finally:
         file.abort()
+
+
+@contextmanager
+def open_folder(path: Path, inputs: Iterable[Path], own_names: re.Pattern[str]) -> Iterator[Path]:
+    """A folder that appears whole or not at all: yields a temporary one beside it, locked, which then takes its name.
+
+    Args:
+        path: does not exist, or is an empty folder.
+        own_names: as in `refuse_foreign_files`, of what a killed run may have left in the temporary folder.
+    Raises:
+        ValueError: as `refuse_inputs`.
+        FileExistsError: `path` or what has the temporary folder's name must be kept, or another run is writing it.
+    """
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is no empty folder")
+    if not path.name:
+        raise FileExistsError(f"{str(path)!r} is no name of a new folder")
+    refuse_inputs(path, inputs)
+    temporary = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = AtomicFile(path.with_name(f".{path.name}.lock"))
+        try:
+            if os.path.lexists(temporary):
+                refuse_foreign_files(temporary, own_names)
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            try:
+                yield temporary
+                _sync_files(temporary)
+                if path.exists():
+                    path.rmdir()
+                temporary.replace(path)
+                sync_folder(path.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            lock.abort()
+
+
+def _sync_files(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
 
 
 def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> BinaryIO:

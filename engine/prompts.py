@@ -10,7 +10,7 @@ from .checkpoints import Checkpoint
 from .json_files import read_object
 from .run_folder import RunDescription
 
-CONFIG_FILE = "config_sentence_transformers.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
 
 
 def as_prompt(instruction: str) -> str:
@@ -34,7 +34,7 @@ def model_prompts(checkpoint: Checkpoint) -> tuple[dict[str, str], str | None]:
 
 def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """Prompts by name and the default's name, from sentence-transformers' configuration where a folder has one."""
-    path = folder / CONFIG_FILE
+    path = folder / PROMPTS_FILE
     if not path.is_file():
         return {}, None
     values = read_object(path)

@@ -1,0 +1,210 @@
+"""An exported folder gives the same vectors in sentence-transformers: every family of tokenizers, with prompts too."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from bivec import Encoder
+from bivec.engine.export import export
+from bivec.engine.run_folder import RunDescription
+
+WORDS = "the quick brown fox jumps over a lazy dog: find what answers it. (see p. 7) 北京 naïve café München:\n\n"
+TEXTS = [
+    *("dog", "the quick brown fox", "7", "7 foxes in 2026", "北京", "München, naïve café", "😀", "(see p. 3)", ": so"),
+    *(" two", "  three", "\nline", "Ġorġ", "▁x", "</s> fox", "a<s>b", "find: ", "many sequences side by side " * 9),
+]
+PROMPTS = {"query": "Instruct: find what answers it.\nQuery: ", "document": "passage: ", "one": "x ", "none": ""}
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2 = LLAMA_3.replace("{1,3}", "")
+
+
+def byte_level(pattern: str, bos: str | None, eos: str) -> Tokenizer:
+    """As Llama 3's and Qwen 2's: bytes, after a split by a regular expression."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS] * 4, trainer)
+    tokenizer.add_special_tokens([token for token in (bos, eos) if token])
+    if bos is not None:
+        tokenizer.post_processor = template(tokenizer, bos)
+    return tokenizer
+
+
+def sentencepiece(metaspace: bool) -> Tokenizer:
+    """As Llama 2's and Mistral's: spaces are `▁`, one more stands in front, what is unknown falls apart into bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator([WORDS] * 4, trainers.BpeTrainer(vocab_size=160, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = template(tokenizer, "<s>")
+    return tokenizer
+
+
+def template(tokenizer: Tokenizer, bos: str, eos: str = "") -> processors.TemplateProcessing:
+    tokens = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
+    return processors.TemplateProcessing(single=f"{bos} $A {eos}".strip(), special_tokens=tokens)
+
+
+FAMILIES = {
+    "llama-2": ("llama", "LlamaTokenizer", lambda: sentencepiece(False), "<s>", "</s>"),
+    "llama-2 as it stands": ("llama", "PreTrainedTokenizerFast", lambda: sentencepiece(False), "<s>", "</s>"),
+    "mistral": ("mistral", "LlamaTokenizerFast", lambda: sentencepiece(True), "<s>", "</s>"),
+    "llama-3": ("llama", "PreTrainedTokenizerFast", lambda: byte_level(LLAMA_3, "<s>", "</s>"), "<s>", "</s>"),
+    "qwen-2": ("qwen2", "Qwen2Tokenizer", lambda: byte_level(QWEN_2, None, "<|endoftext|>"), None, "<|endoftext|>"),
+    "qwen-3": ("qwen3", "Qwen2Tokenizer", lambda: byte_level(QWEN_2, None, "<|endoftext|>"), None, "<|endoftext|>"),
+}
+
+
+@pytest.fixture
+def family_folder(make_checkpoint, tmp_path):
+    """Makes a checkpoint with a family's tokenizer, and the chat template that instruction-tuned models have."""
+
+    def make(family: str) -> Path:
+        architecture, tokenizer_class, make_tokenizer, bos, eos = FAMILIES[family]
+        tokenizer = make_tokenizer()
+        if family.startswith("qwen"):
+            tokenizer.normalizer = normalizers.NFC()
+        folder = make_checkpoint(tmp_path / "model", architecture, vocab_size=tokenizer.get_vocab_size())
+        tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": tokenizer_class, "eos_token": eos, "chat_template": "{{ messages }} and more"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"bos_token": bos} if bos else {})))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def peer():
+    """`SentenceTransformer` of a folder, on the CPU, in float32."""
+    library = pytest.importorskip("sentence_transformers", reason="package sentence-transformers is not installed")
+    return lambda folder: library.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_masked_as_here(family_folder, peer, tmp_path, family, pooling):
+    folder = family_folder(family)
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": PROMPTS, "default_prompt_name": "document"})
+    )
+    source = Encoder.from_pretrained(folder, dtype="float32", pooling=pooling, max_length=64)
+    export(folder, tmp_path / "out", pooling=pooling, max_length=64, dtype="float32")
+    exported, theirs = Encoder.from_pretrained(tmp_path / "out", dtype="float32"), peer(tmp_path / "out")
+    assert exported.max_length == theirs.max_seq_length == 64
+    assert (exported.prompts, exported.default_prompt_name) == (PROMPTS, "document")
+    for name in PROMPTS:
+        expected = source.encode(TEXTS, prompt_name=name)
+        assert np.array_equal(exported.encode(TEXTS, prompt_name=name), expected)
+        assert np.abs(theirs.encode(TEXTS, prompt_name=name) - expected).max() < 1e-5
+    for method in ("encode", "encode_query", "encode_document"):
+        assert np.abs(getattr(theirs, method)(TEXTS) - getattr(source, method)(TEXTS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_prompts_every_pooling_is_the_same(family_folder, peer, tmp_path, family):
+    folder = family_folder(family)
+    export(folder, tmp_path / "out", pooling="weighted_mean", max_length=12, dtype="float32")
+    exported = Encoder.from_pretrained(tmp_path / "out", dtype="float32")
+    assert np.abs(peer(tmp_path / "out").encode(TEXTS) - exported.encode(TEXTS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_runs_instruction_is_the_peers_prompt(family_folder, peer, tmp_path, symmetric):
+    folder = family_folder("llama-3")
+    RunDescription("supervised", None, instruction="find:", symmetric_instruction=symmetric).write(folder)
+    source = Encoder.from_pretrained(folder, dtype="float32")
+    export(folder, tmp_path / "out", dtype="float32")
+    exported, theirs = Encoder.from_pretrained(tmp_path / "out", dtype="float32"), peer(tmp_path / "out")
+    for method in ("encode", "encode_query", "encode_document"):
+        expected = getattr(source, method)(TEXTS)
+        assert np.array_equal(getattr(exported, method)(TEXTS), expected)
+        assert np.abs(getattr(theirs, method)(TEXTS) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("prompt", "end"), [("find:\n", ""), ("find: ", "</s>")])
+def test_a_prompt_that_would_be_masked_otherwise_is_refused(family_folder, peer, tmp_path, prompt, end):
+    """Its last token grows with a text that begins with a line feed; or a token after the text hides its last space."""
+    folder = family_folder("llama-3")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"it": prompt}}))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = template(tokenizer, "<s>", end)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    message = r"the prompt 'it' .* cannot be exported: sentence-transformers would leave \d+ tokens out of pooling"
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export(folder, tmp_path / "out", pooling="last", dtype="float32")  # which leaves nothing out
+    expected = Encoder.from_pretrained(folder, pooling="last", dtype="float32").encode(TEXTS, prompt=prompt)
+    assert np.abs(peer(tmp_path / "out").encode(TEXTS, prompt_name="it") - expected).max() < 1e-5
+
+
+def test_a_passage_prompt_is_the_peers_for_documents(family_folder, peer, tmp_path):
+    folder = family_folder("llama-3")
+    prompts = {"prompts": {"query": "query: ", "passage": "passage: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    export(folder, tmp_path / "out", dtype="float32")
+    expected = Encoder.from_pretrained(folder, dtype="float32").encode_document(TEXTS)
+    assert np.abs(peer(tmp_path / "out").encode_document(TEXTS) - expected).max() < 1e-5
+
+
+def test_vocabulary_and_merges_are_a_tokenizer_too(family_folder, peer, tmp_path):
+    """As GPT-2 and the first Qwen have them, without tokenizer.json, special tokens named in a file of their own."""
+    folder = family_folder("qwen-2")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer.json").unlink()
+    source = Encoder.from_pretrained(folder, dtype="float32")
+    export(folder, tmp_path / "out", dtype="float32")
+    expected = source.encode(TEXTS, prompt="query: ")
+    assert len(np.unique(expected, axis=0)) > len(TEXTS) // 2
+    exported = Encoder.from_pretrained(tmp_path / "out", dtype="float32")
+    assert np.array_equal(exported.encode(TEXTS, prompt="query: "), expected)
+    assert np.abs(peer(tmp_path / "out").encode(TEXTS) - source.encode(TEXTS)).max() < 1e-5
+
+
+def test_special_tokens_may_stand_in_their_own_file_alone(fresh_llama_folder, peer, tmp_path):
+    path = fresh_llama_folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    named = {name: values.pop(name) for name in ("bos_token", "eos_token")}
+    path.write_text(json.dumps(values))
+    (fresh_llama_folder / "special_tokens_map.json").write_text(json.dumps(named))
+    export(fresh_llama_folder, tmp_path / "out", dtype="float32")
+    expected = Encoder.from_pretrained(fresh_llama_folder, dtype="float32").encode(TEXTS)
+    assert np.abs(peer(tmp_path / "out").encode(TEXTS) - expected).max() < 1e-5
+
+
+def test_a_real_model(shared_data, peer, tmp_path):
+    shutil.copytree(shared_data / "stories260K" / "hf", tmp_path / "model")
+    (tmp_path / "model" / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS}))
+    export(tmp_path / "model", tmp_path / "out", dtype="float32")
+    source, theirs = Encoder.from_pretrained(tmp_path / "model", dtype="float32"), peer(tmp_path / "out")
+    for name in PROMPTS:
+        expected = source.encode(TEXTS, prompt_name=name)
+        assert np.abs(theirs.encode(TEXTS, prompt_name=name) - expected).max() < 1e-5
