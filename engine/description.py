@@ -73,6 +73,8 @@ def describe(encoder: Described) -> dict[str, Any]:
             "device": _device_name(encoder.device),
             "dtype": f"{str(encoder.dtype).removeprefix('torch.')}: {why}",
             "attention": runner.backend,
+            "equal-length attention": f"one by one: {runner.one_by_one}" if runner.one_by_one else "batched",
+            "cores a pass": f"1: {runner.one_core}" if runner.one_core else "any number, with the same bits",
             "row tiles": ", ".join(map(str, runner.tiles)),
         },
         "memory": {

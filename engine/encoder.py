@@ -59,11 +59,15 @@ class Encoder:
         self._tokenizer = tokenizer
         self.backend = backend
         self.asked_dtype = asked_dtype
-        self.runner = Runner(model, backend)
         self.windows = self.config.windows(window)
+        self.runner = Runner(model, backend, self.windows)
         self.self_test = check_mask(self.runner, self.config, self.windows)
         self.slabs = Slabs(
-            self.device, longest=self.max_length, at_once=self.runner.passes_at_once, tile=self.runner.tiles[-1]
+            self.device,
+            longest=self.max_length,
+            at_once=self.runner.passes_at_once,
+            cores_each=self.runner.cores_each,
+            tile=self.runner.tiles[-1],
         )
 
     @classmethod

@@ -91,10 +91,12 @@ def attention(
     dropout_p: float = 0.0,
     future_p: float = 1.0,
     seeds: torch.Tensor | None = None,  # int64 (S,)
+    together: bool = True,
 ) -> torch.Tensor:
     """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given.
 
     Args:
+        together: whether `sdpa` may take sequences of one length in one call.
         dropout_p: the chance that an attention probability is dropped.
         future_p: the chance that a query is shown a key ahead of it, the same for all heads.
         seeds: one a sequence; what the two hide depends on it alone, and is the same with `triton` and `sdpa`.
@@ -119,7 +121,7 @@ def attention(
     elif random or (out is None and _trains_on_cpu(query, key, value)):
         packed_attention = padded_attention
     else:
-        return _equal_lengths_attention(query, key, value, batch, window, out)
+        return _equal_lengths_attention(query, key, value, batch, window, out, together)
     output = packed_attention(
         query,
         key,
@@ -164,23 +166,26 @@ def _equal_lengths_attention(
     batch: PackedBatch,
     window: Window,
     out: torch.Tensor | None,
+    together: bool,
 ) -> torch.Tensor:
-    """One call for each run of neighbouring sequences of one length: bitwise the same in any batch."""
+    """One call for each run of neighbouring sequences of one length, or for each sequence."""
     outputs = []
     for first, count, length in batch.equal_length_runs:
-        rows = slice(first, first + count * length)
-        q, k, v = (part[rows].unflatten(0, (count, length)) for part in (query, key, value))
-        output = _scaled_dot_product_attention(q, k, v, window).flatten(0, 1)
-        if out is None:
-            outputs.append(output)
-        else:
-            out[rows] = output
+        size = count if together else 1
+        for start in range(first, first + count * length, size * length):
+            rows = slice(start, start + size * length)
+            q, k, v = (part[rows].unflatten(0, (size, length)) for part in (query, key, value))
+            output = scaled_dot_product_attention(q, k, v, window).flatten(0, 1)
+            if out is None:
+                outputs.append(output)
+            else:
+                out[rows] = output
     if out is not None:
         return out
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
 
 
-def _scaled_dot_product_attention(
+def scaled_dot_product_attention(
     query: torch.Tensor,  # (B, L, H, D)
     key: torch.Tensor,  # (B, L, G, D)
     value: torch.Tensor,  # (B, L, G, D)

@@ -1,25 +1,27 @@
 """The embedding pass: the layers of `LlamaModel` with fused weights, over tiles of a few fixed numbers of rows.
 
 Every matrix product has a fixed number of rows and every reduction belongs to one row or one sequence, so a text's
-embedding is bitwise the same alone or beside any others. A pass of T tokens runs only the tiles that cover them; tile
-sizes whose products do not agree bitwise with the largest's are dropped when the runner is made. On CUDA a pass is
-captured as a graph, one for each number of rows.
+embedding is bitwise the same alone or beside any others. A pass of T tokens runs only the tiles that cover them. What
+this relies upon is checked when the runner is made: tile sizes whose products do not agree bitwise with the largest's
+are dropped, attention that does not agree takes sequences one by one, and where more cores than one give other bits, a
+pass has one. On CUDA a pass is captured as a graph, one for each number of rows.
 
 Shapes: T packed tokens, R rows of all tiles of a pass, E hidden size, H query heads, D head dimension.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from . import ops
 from .config import Window
 from .graphs import CapturedPasses, CudaCapture
 from .layers import LAYERS, FusedLayer
 from .model import LlamaModel
-from .ops import attention
 from .packing import PackedBatch
-from .slabs import run_side_by_side
+from .slabs import on_cores
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 TILES = {"cpu": (16, 64, 512), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
 # passes side by side on the CPU, no more because all need the interpreter between products: two lose 2 to 6 % to it
 _PASSES_AT_ONCE = 8
+# of sequences that attention is tried on: all up to 64, and some whose blocks torch makes larger
+_LENGTHS = (*range(1, 65), 65, 100, 193, 415)
 
 
 class Runner:
@@ -35,18 +39,31 @@ class Runner:
     Args:
         model: on its device, in its compute dtype, adapters merged.
         backend: of attention, from `ops.choose_backend`.
+        windows: one a layer, what passes run with unless told otherwise; default the configuration's, bidirectional.
+
+    Attributes:
+        tiles: numbers of rows, ascending, that products have.
+        passes_at_once: how many may share the CPU, an equal part of the cores each.
+        one_by_one: why attention takes each sequence by itself; empty where those of one length share a call.
+        one_core: why a pass computes on one core; empty where their number changes no bit.
     """
 
-    def __init__(self, model: LlamaModel, backend: str):
+    def __init__(self, model: LlamaModel, backend: str, windows: Sequence[Window] | None = None):
         self.config = model.config
         self.backend = backend
+        self.windows = windows or self.config.bidirectional_windows
         self.embeddings = model.embed_tokens.weight.detach()
         self.device, self.dtype = self.embeddings.device, self.embeddings.dtype
         self._layer_form = LAYERS[self.device.type]
         self.layers = [self._layer_form(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
         self._rotary_tables = model.rotary_tables
-        self.tiles = self._agreeing_tiles(TILES[self.device.type])
-        self.passes_at_once = self._agreeing_passes()
+        all_cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.passes_at_once = min(all_cores, _PASSES_AT_ONCE)
+        self.tiles = TILES[self.device.type]
+        self.one_by_one = self.one_core = ""
+        self._tried = {1}  # numbers of cores
+        self._try_cores(sorted({all_cores, all_cores // self.passes_at_once} - {1}))
+        self.tiles = self._agreeing_tiles()
         # the other backends read lengths on the host
         captured = self.device.type == "cuda" and backend == "triton"
         self._captured = CapturedPasses(self._run, CudaCapture(self.device)) if captured else None
@@ -65,12 +82,24 @@ class Runner:
         """Last hidden states `(T, E)` before the final norm, in the compute dtype.
 
         Args:
-            windows: one a layer; default: the configuration's, bidirectional.
+            windows: one a layer; default the runner's.
         """
-        windows = windows or self.config.bidirectional_windows
+        windows = windows or self.windows
         if self._captured is None or not batch.num_tokens:
-            return self._run(batch, windows)
+            with self._cores():
+                return self._run(batch, windows)
         return self._captured(batch, windows, capacity=self.cover(batch.num_tokens)[-1].stop)
+
+    @property
+    def cores_each(self) -> int | None:
+        """Cores of a pass that runs beside others; None: an equal part of all."""
+        return 1 if self.one_core else None
+
+    def _cores(self) -> AbstractContextManager[None]:
+        """Those that a pass may have: all, or one; a number of them that is new since the load is tried first."""
+        if self.device.type == "cpu" and not self.one_core and torch.get_num_threads() not in self._tried:
+            self._try_cores([torch.get_num_threads()])
+        return on_cores(1) if self.one_core else nullcontext()
 
     def _run(self, batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
         return self._through(self.layers, batch, windows)
@@ -90,7 +119,7 @@ class Runner:
         out = attended[:num_tokens] if self.backend == "sdpa" or num_tokens < num_rows else None
         for layer, window in zip(layers, windows, strict=True):
             query, key, value = (part[:num_tokens] for part in layer.project(hidden, angles, heads, tiles))
-            found = attention(query, key, value, batch, window, self.backend, out=out)
+            found = ops.attention(query, key, value, batch, window, self.backend, out=out, together=not self.one_by_one)
             layer.finish(hidden, (found if out is None else attended).flatten(1), tiles)
         return hidden[:num_tokens]
 
@@ -108,9 +137,84 @@ class Runner:
             start += size
         return tiles
 
-    def _agreeing_tiles(self, sizes: Sequence[int]) -> tuple[int, ...]:
+    def _try_cores(self, several: Sequence[int]) -> None:
+        if self.backend == "sdpa":
+            self.one_by_one, self.one_core = self._attention_differs(several)
+        self.one_core = self.one_core or self._pass_differs(several)
+        self._tried.update(several)
+
+    @torch.inference_mode()
+    def _attention_differs(self, several: Sequence[int]) -> tuple[str, str]:
+        """What changes a sequence's attention, or nothing: equals in the same call, more cores than one.
+
+        torch divides sequences, heads and blocks of queries among the cores. Each core has working memory of its own,
+        aligned in its own way, and a single block leaves the cores to its products, so that their number may show.
+        Heads are divided as sequences are: the first few, where they stand, stand for all.
+        """
+        config = self.config
+        heads_a_group = config.num_attention_heads // config.num_key_value_heads
+        num_groups = min(config.num_key_value_heads, 2 if heads_a_group == 1 else 1)
+        num_heads = num_groups * heads_a_group  # one alone only where the model has one
+        count = max(3, max(several, default=1) // num_heads + 2)  # so that every core has a part
+        lengths = [length for length in _LENGTHS if length <= config.max_position_embeddings]
+        heads = self._layer_form.new_heads(config, count * lengths[-1], like=self.embeddings)
+        heads.copy_(torch.rand(heads.shape, generator=torch.Generator().manual_seed(0)).mul_(4).sub_(2))
+
+        def attend(rows: torch.Tensor, length: int, window: Window) -> torch.Tensor:
+            query, key, value = rows.unflatten(0, (-1, length)).tensor_split(
+                [config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads], dim=2
+            )
+            return ops.scaled_dot_product_attention(
+                query[:, :, :num_heads], key[:, :, :num_groups], value[:, :, :num_groups], window
+            )
+
+        in_company: set[int] = set()
+        on_several: set[int] = set()
+        for length in lengths:
+            rows = heads[: count * length]
+            for window in {_within(length, window) for window in self.windows}:
+                with on_cores(1) if several else nullcontext():
+                    # each at the beginning of memory of its own
+                    alone = torch.cat([attend(part.clone(), length, window) for part in rows.split(length)])
+                    together = attend(rows, length, window)
+                if not torch.equal(together, alone):
+                    in_company.add(length)
+                for cores in several:
+                    with on_cores(cores):
+                        first, all_of_them = attend(rows[:length], length, window), attend(rows, length, window)
+                    if not (torch.equal(first, alone[:1]) and torch.equal(all_of_them, together)):
+                        on_several.add(length)
+        one_by_one = one_core = ""
+        if in_company:
+            one_by_one = f"attention over {_some(in_company)} tokens has other bits among equals than alone"
+            logger.warning("%s: sequences are attended one by one", one_by_one)
+        if on_several:
+            one_core = f"attention over {_some(on_several)} tokens has other bits on {several[-1]} cores than on one"
+            logger.warning("%s: passes run on one core each", one_core)
+        return one_by_one, one_core
+
+    @torch.inference_mode()
+    def _pass_differs(self, several: Sequence[int]) -> str:
+        """What the number of cores changes in a pass through one layer that has every tile, or nothing."""
+        num_tokens = sum(self.tiles)
+        tokens = torch.randint(self.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
+        lengths = tokens.split(min(40, self.config.max_position_embeddings))
+        batch = PackedBatch.from_sequences([part.tolist() for part in lengths], device=self.device)
+
+        def run(cores: int) -> torch.Tensor:
+            with on_cores(cores):
+                return self._through(self.layers[:1], batch, self.windows[:1])
+
+        if all(torch.equal(run(cores), run(1)) for cores in several):
+            return ""
+        found = f"a pass has other bits on {several[-1]} cores than on one"
+        logger.warning("%s: passes run on one core each", found)
+        return found
+
+    @torch.inference_mode()
+    def _agreeing_tiles(self) -> tuple[int, ...]:
         """The tile sizes, ascending, at which a layer gives bitwise the rows that it gives at the largest."""
-        largest = max(sizes)
+        largest = max(self.tiles)
         layer, config = self.layers[0], self.config
         generator = torch.Generator().manual_seed(0)
         states, attended = (
@@ -122,35 +226,31 @@ class Runner:
         def run(size: int) -> tuple[torch.Tensor, ...]:
             tiles = [slice(start, start + size) for start in range(0, largest, size)]
             heads = self._layer_form.new_heads(config, largest, like=states)
-            projected = layer.project(states, angles, heads, tiles)
-            hidden = states.clone()
-            layer.finish(hidden, attended, tiles)
+            with self._cores():
+                projected = layer.project(states, angles, heads, tiles)
+                hidden = states.clone()
+                layer.finish(hidden, attended, tiles)
             return *projected, hidden
 
         expected = run(largest)
-        agreeing = [size for size in sizes if all(map(torch.equal, run(size), expected))]
-        for size in sorted(set(sizes) - set(agreeing)):
+        if any(part.isnan().any() for part in expected):
+            raise ValueError("the first layer gives NaN: its weights or numbers of the configuration are wrong")
+        agreeing = [size for size in self.tiles if all(map(torch.equal, run(size), expected))]
+        for size in sorted(set(self.tiles) - set(agreeing)):
             logger.warning(
                 "tiles of %d rows do not agree bitwise with those of %d rows and are not used", size, largest
             )
+        if largest not in agreeing:
+            raise RuntimeError(f"self-test: a layer over {largest} rows does not give the same bits twice")
         return tuple(sorted(agreeing))
 
-    def _agreeing_passes(self) -> int:
-        """How many passes may share the CPU, a few cores each, if the bits are those of a pass on all cores."""
-        cores = torch.get_num_threads()
-        at_once = min(cores, _PASSES_AT_ONCE)
-        if self.device.type != "cpu" or at_once == 1:
-            return 1
-        lengths = [length for length in (1, 12, 40, 40, 415) if length <= self.config.max_position_embeddings]
-        tokens = torch.randint(self.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-        batch = PackedBatch.from_sequences([part.tolist() for part in tokens.split(lengths)])
 
-        @torch.inference_mode()
-        def run(_: int) -> torch.Tensor:
-            return self._through(self.layers[:1], batch, self.config.bidirectional_windows[:1])
+def _within(length: int, window: Window) -> Window:
+    """The same window over so many tokens, in one spelling."""
+    left, right = (length - 1 if side < 0 else min(side, length - 1) for side in window)
+    return left, right
 
-        (shared,) = run_side_by_side(run, [0], at_once=1, cores_each=cores // at_once)
-        if torch.equal(shared, run(0)):
-            return at_once
-        logger.warning("a pass on %d of %d cores does not agree bitwise with one on all", cores // at_once, cores)
-        return 1
+
+def _some(lengths: Collection[int]) -> str:
+    first = ", ".join(map(str, sorted(lengths)[:4]))
+    return first if len(lengths) <= 4 else f"{first} … {max(lengths)}"

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -32,15 +33,16 @@ class Slabs:
     Args:
         longest: tokens of a text, which a slab must hold.
         at_once: passes that may run side by side.
+        cores_each: of such a pass; default an equal part of all.
         tile: tokens of the fastest pass; slabs are not made smaller for the sake of others.
 
     Attributes:
         tokens: what a slab holds at most; it becomes less where memory runs out.
     """
 
-    def __init__(self, device: torch.device, *, longest: int, at_once: int, tile: int):
+    def __init__(self, device: torch.device, *, longest: int, at_once: int, tile: int, cores_each: int | None = None):
         self.tokens = max(_TOKENS[device.type], longest)
-        self._device, self._at_once, self._tile = device, at_once, tile
+        self._device, self._at_once, self._cores_each, self._tile = device, at_once, cores_each, tile
 
     def map(self, run: Callable[[list[int], PackedBatch], Result], texts: Sequence[Tokenized]) -> Iterator[Result]:
         """`run(slab, batch)` of packed batches that hold all texts, in any order; a slab is the texts' places.
@@ -58,7 +60,7 @@ class Slabs:
         while left:
             slabs = self._divide(texts, sorted(left))
             if self._at_once > 1 and len(slabs) >= 2 * self._at_once:
-                results = run_side_by_side(run_slab, slabs, self._at_once)
+                results = run_side_by_side(run_slab, slabs, self._at_once, self._cores_each)
             elif self._device.type == "cuda":
                 results = run_one_ahead(run_slab, slabs)
             else:
@@ -115,6 +117,19 @@ class OnHost:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor.numpy()
+
+
+@contextmanager
+def on_cores(cores: int) -> Iterator[None]:
+    """torch computes with so many cores in this thread."""
+    before = torch.get_num_threads()
+    if cores != before:
+        torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        if cores != before:
+            torch.set_num_threads(before)
 
 
 def run_side_by_side(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bivec.engine import ops
 from bivec.engine.encoder import Encoder
 from bivec.engine.layers import CpuLayer
 from bivec.engine.packing import PackedBatch
@@ -39,6 +41,19 @@ def wide_llama_folder(tmp_path_factory, make_checkpoint):
         num_key_value_heads=3,
         initializer_range=0.05,
     )
+
+
+@pytest.fixture
+def python():
+    """Runs a program in a process of its own, which has OpenMP threads; returns what it prints, read as JSON."""
+
+    def run(program: str, *arguments: object, **variables: str) -> object:
+        path = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": path} | variables
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+    return run
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -86,11 +101,11 @@ words = sys.argv[3].split() * 11
 texts = [" ".join(words[: 1 + 7 * i % 140]) for i in range(48)]
 seen = []
 run_side_by_side = engine.run_side_by_side
-def watched(run, slabs, at_once):
+def watched(run, slabs, *cores):
     def run_watched(slab):
         seen.append((threading.get_ident(), torch.get_num_threads()))
         return run(slab)
-    return run_side_by_side(run_watched, slabs, at_once)
+    return run_side_by_side(run_watched, slabs, *cores)
 engine.run_side_by_side = watched
 together = encoder.encode(texts)
 states = encoder.encode(texts, output_value="token_embeddings")
@@ -115,13 +130,8 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(wide_llama_folder, dtype):
-    command = [sys.executable, "-c", ON_TWO_CORES, str(wide_llama_folder), dtype, TEXT]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    found = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(python, wide_llama_folder, dtype):
+    found = python(ON_TWO_CORES, wide_llama_folder, dtype, TEXT, OMP_NUM_THREADS="2")
     assert found.pop("passes") >= 8  # four at least of each call
     assert found.pop("threads") >= 2
     assert found == {
@@ -133,18 +143,120 @@ def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(wide_llama_folder
     }
 
 
-@pytest.mark.parametrize(("cores", "at_once", "cores_each"), [(2, 2, 1), (8, 8, 1), (17, 8, 2)])
-def test_passes_that_disagree_run_one_at_a_time(encoder, monkeypatch, caplog, cores, at_once, cores_each):
-    asked = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    assert encoder.runner._agreeing_passes() == at_once
-    assert asked == [cores_each, cores]
+ALONE_AND_IN_COMPANY = """
+import json, sys, numpy, torch
+from bivec import Encoder
+words = sys.argv[1].split() * 4
+texts = [" ".join(words[:length]) for length in (1, 2, 3, 4, 5, 6, 7, 9, 30)]
+found = []
+for folder in sys.argv[2:]:
+    for dtype in ("float32", "bfloat16"):
+        on_one_core = None
+        for cores in (1, 2, 4) if dtype == "float32" else (1, 2):
+            torch.set_num_threads(cores)
+            encoder = Encoder.from_pretrained(folder, dtype=dtype, max_length=90)
+            alone = numpy.stack([encoder.encode(text) for text in texts])
+            on_one_core = alone if on_one_core is None else on_one_core
+            same = [numpy.tile(alone, (count, 1)) == encoder.encode(texts * count) for count in (2, 5)]
+            found.append([bool(numpy.all(part)) for part in (*same, alone == on_one_core)])
+print(json.dumps(found))
+"""
 
-    through, calls = Runner._through, iter(range(2))
-    monkeypatch.setattr(Runner, "_through", lambda *arguments: through(*arguments) + next(calls))
-    assert encoder.runner._agreeing_passes() == 1
-    assert f"a pass on {cores_each} of {cores} cores does not agree bitwise with one on all" in caplog.text
+
+def test_heads_of_any_size_and_number_on_any_number_of_cores(python, make_checkpoint, tmp_path):
+    """Among them those whose attention torch computes in other ways in company, or on other numbers of cores."""
+    folders = [
+        make_checkpoint(
+            tmp_path / f"{size}-{heads}-{groups}",
+            num_hidden_layers=2,
+            head_dim=size,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+        )
+        for size, *shapes in ((8, (1, 1), (4, 2)), (16, (1, 1), (4, 2)), (24, (1, 1), (4, 1)), (64, (1, 1), (2, 2)))
+        for heads, groups in shapes
+    ]
+    found = python(ALONE_AND_IN_COMPANY, TEXT, *folders, OMP_WAIT_POLICY="passive")  # of cores that there may not be
+    assert found == [[True, True, True]] * (len(folders) * (3 + 2))
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """cores(number): so many that torch says it has, in each thread; none of them computes."""
+    numbers, all_cores = threading.local(), [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: getattr(numbers, "own", all_cores[0]))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(numbers, "own", number))
+    return lambda number: (all_cores.__setitem__(0, number), setattr(numbers, "own", number))
+
+
+@pytest.fixture
+def tainted_attention(monkeypatch):
+    """tainted_attention(taint): attention `(B, L, H, D)` that is larger by `taint(B, L)`."""
+    true_attention = ops.scaled_dot_product_attention
+
+    def tainted_attention(taint):
+        monkeypatch.setattr(
+            ops,
+            "scaled_dot_product_attention",
+            lambda query, *arguments: true_attention(query, *arguments) + taint(*query.shape[:2]),
+        )
+
+    return tainted_attention
+
+
+def assert_company_changes_nothing(encoder):
+    texts = [" ".join((WORDS * 4)[: 1 + place % 9]) for place in range(40)]
+    together = encoder.encode(texts)
+    for place in range(20):
+        assert np.array_equal(encoder.encode(texts[place]), together[place])
+
+
+def test_attention_that_depends_on_its_company_takes_sequences_one_by_one(tiny_llama_folder, tainted_attention, caplog):
+    tainted_attention(lambda num_sequences, length: 1e-3 if num_sequences > 2 and length == 7 else 0.0)
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    found = "attention over 7 tokens has other bits among equals than alone"
+    assert f"{found}: sequences are attended one by one" in caplog.text
+    assert encoder.describe()["backend"]["equal-length attention"] == f"one by one: {found}"
+    assert_company_changes_nothing(encoder)
+
+
+def test_attention_that_depends_on_the_number_of_cores_has_one(tiny_llama_folder, tainted_attention, cores, caplog):
+    cores(4)
+    tainted_attention(lambda num_sequences, length: 1e-3 * (torch.get_num_threads() - 1) if length == 7 else 0.0)
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    found = "attention over 7 tokens has other bits on 4 cores than on one"
+    assert f"{found}: passes run on one core each" in caplog.text
+    assert encoder.describe()["backend"]["cores a pass"] == f"1: {found}"
+    assert encoder.runner.passes_at_once == 4
+    assert_company_changes_nothing(encoder)
+    assert torch.get_num_threads() == 4
+
+    cores(1)
+    alone = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    assert alone.describe()["backend"]["cores a pass"] == "any number, with the same bits"
+    vectors = alone.encode(WORDS)
+    assert np.array_equal(encoder.encode(WORDS), vectors)
+    cores(2)  # more than there were when it was loaded
+    assert np.array_equal(alone.encode(WORDS), vectors)
+    assert alone.encode("a " * 20).any()
+
+
+@pytest.mark.parametrize(("all_cores", "at_once", "shown"), [(2, 2, 2), (8, 8, 8), (17, 8, 17)])
+def test_products_that_depend_on_the_number_of_cores_have_one(encoder, monkeypatch, cores, all_cores, at_once, shown):
+    cores(all_cores)
+    assert Runner(encoder.model, "sdpa").one_core == ""
+
+    finish = CpuLayer.finish
+
+    def core_dependent(self, hidden, attended, tiles):
+        finish(self, hidden, attended, tiles)
+        hidden *= torch.get_num_threads()
+
+    monkeypatch.setattr(CpuLayer, "finish", core_dependent)
+    runner = Runner(encoder.model, "sdpa")
+    assert runner.passes_at_once == at_once
+    assert runner.one_core == f"a pass has other bits on {shown} cores than on one"
+    assert runner.tiles == (16, 64, 512)
 
 
 def test_control_one_row_products_differ(encoder):
