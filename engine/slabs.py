@@ -152,11 +152,14 @@ def run_side_by_side(
 
     pool = ThreadPoolExecutor(at_once, "bivec-pass", start)
     try:
-        results = [pool.submit(run, slab) for slab in slabs]
-        started.wait()
+        try:
+            results = [pool.submit(run, slab) for slab in slabs]
+            started.wait()
+        except BaseException:
+            started.abort()  # threads that wait for one that could not be started
+            raise
         torch.set_num_threads(all_cores)  # as it was, for this thread and later ones
         for result in as_completed(results):
             yield result.result()
     finally:
-        started.abort()  # threads that still wait for others, where one could not be started
         pool.shutdown(cancel_futures=True)

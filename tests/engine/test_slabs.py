@@ -1,5 +1,6 @@
 """Texts are divided into slabs that memory holds, each text into one; a failure ends the passes beside it."""
 
+import threading
 import time
 
 import numpy as np
@@ -84,6 +85,29 @@ def test_a_failed_pass_ends_the_others():
         list(run_side_by_side(fail, range(1000), at_once=2))
     assert len(done) < 1000
     assert sorted(run_side_by_side(lambda slab: slab + 1, [7, 8], at_once=2)) == [8, 9]
+
+
+def test_a_thread_that_starts_after_all_is_done_ends_with_the_others(monkeypatch):
+    class SlowBarrier(threading.Barrier):
+        def wait(self, timeout=None):
+            place = super().wait(timeout)
+            if place == 0 and threading.current_thread() is not caller:
+                time.sleep(0.2)
+            if self.broken:
+                raise threading.BrokenBarrierError
+            return place
+
+    def run():
+        found.extend(run_side_by_side(lambda slab: slab, range(24), at_once=3))
+
+    found: list[int] = []
+    monkeypatch.setattr(threading, "Barrier", SlowBarrier)
+    for _ in range(8):  # the first to wait may be the caller
+        caller = threading.Thread(target=run, daemon=True)
+        caller.start()
+        caller.join(20)
+        assert not caller.is_alive()
+    assert sorted(found) == sorted([*range(24)] * 8)
 
 
 def test_one_pass_is_launched_ahead():
