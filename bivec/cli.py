@@ -30,6 +30,8 @@ from .cli_shared import (
     warn_of_default,
 )
 
+_MAX_WARNINGS = 20
+
 
 class _Commands(TyperGroup):
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
@@ -167,8 +169,10 @@ def embed(
             job.load_encoder,
             before_loading=before_loading,
         )
-        for row in summary.unreadable:
+        for row in summary.unreadable[:_MAX_WARNINGS]:
             warn(row)
+        if len(summary.unreadable) > _MAX_WARNINGS:
+            warn(f"{len(summary.unreadable) - _MAX_WARNINGS:,} more of the kind; all stand in the errors file")
         echo(str(summary))
 
 

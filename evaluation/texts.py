@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..texts.files import find_files
-from ..texts.rows import BadRow, Column, RowError, read_file
+from ..texts.formats import read_file
+from ..texts.rows import BadRow, Column, RowError
 
 PATTERNS = ("*.txt", "*.txt.gz", "*.jsonl", "*.jsonl.gz")
 

@@ -42,7 +42,7 @@ class Summary:
     num_shards_before: int = 0  # that were done when this run began
     num_shards_left: int = 0  # that other runs have to do, with `shard`
     seconds: float = 0.0  # from the first text read to the output in place, without loading the model
-    unreadable: list[BadRow] = field(default_factory=list)  # files, or what was left of them, that count as one failure
+    unreadable: list[BadRow] = field(default_factory=list)  # that count as one failure, though more rows may be lost
 
     def add(self, done: Done) -> None:
         """Counts a shard."""
@@ -50,7 +50,7 @@ class Summary:
         self.num_written += done.num_written
         self.num_failed += len(done.bad_rows)
         self.num_tokens += done.num_tokens
-        self.unreadable += [row for row in done.bad_rows if row.rest_lost]
+        self.unreadable += [row for row in done.bad_rows if row.more_lost]
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)

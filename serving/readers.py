@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..texts.rows import BadRow, Column, InputFile, RowError, Start, line_offsets, read_file
+from ..texts.formats import line_offsets, read_file
+from ..texts.rows import BadRow, Column, InputFile, RowError, Start
 
 # a killed worker loses one shard at most; a shard of 4,096 float32 numbers a row takes 268 MB
 ROWS_PER_SHARD = 2**14

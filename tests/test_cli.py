@@ -223,6 +223,21 @@ def test_embed_a_real_model(tiny_llama_folder, tmp_path):
     assert json.loads(table.schema.metadata[b"bivec"])["model"] == str(tiny_llama_folder)
 
 
+def test_lost_lines_are_warned_of(tiny_llama_folder, tmp_path):
+    content = b'text,n\n"no,1\na,"2"\nb,2\n' + b'"two\nlines"\n' * 20 + b'c,3\n"open,4\n' + b"lost,5\n" * 9
+    (tmp_path / "in.csv").write_bytes(content)
+    arguments = ["--output", tmp_path / "out", "--model", tiny_llama_folder, "--on-error", "skip"]
+    found = invoke("embed", tmp_path / "in.csv", *arguments)
+    assert found.exit_code == 0
+    assert found.stdout.startswith("read 24 = written 2 + failed 22 in ")
+    lines = found.stderr.splitlines()
+    assert lines[0].startswith(f"warning: {tmp_path}/in.csv:2: invalid CSV: ")
+    assert lines[0].endswith("; a quote makes one row of all lines from here to 3")
+    assert lines[-1] == "warning: 2 more of the kind; all stand in the errors file"
+    assert len(lines) == 21
+    assert "never closed: all lines to the file's last, 55, are lost" in (tmp_path / "out.errors.jsonl").read_text()
+
+
 def test_embed_options_are_those_of_encode(tiny_llama_folder, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"body": "one text"}\n{"body": "another one"}\n')
     options = ["--instruction", "find:", "--normalize", "--truncate-dim", "16", "--precision", "float16"]

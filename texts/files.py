@@ -7,7 +7,8 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .rows import FORMATS, InputFile
+from .formats import FORMATS
+from .rows import InputFile
 
 _KINDS = {
     stat.S_ISFIFO: "a named pipe",

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ..engine.prompts import as_prompt
 from ..engine.tokens import Rejected, TextTokenizer, Tokenized
 from ..texts.files import find_files
-from ..texts.rows import BadRow, Column, FileRow, InputFile, RowError, column_names, read_file, text_fault
+from ..texts.formats import column_names, read_file
+from ..texts.rows import BadRow, Column, FileRow, InputFile, RowError, text_fault
 
 _TOKENIZED_TOGETHER = 8192  # texts
 _NEVER_CUT = 2**31 - 1

@@ -34,7 +34,7 @@ def test_rows_of_all_files_in_order_and_without_an_id_column_the_place_is_the_id
         Row(str(first), 3, "a.txt:3", "three"),
         Row(str(second), 2, "sub/b.jsonl:2", "four"),
     ]
-    assert (lost.file, lost.rest_lost, after.text) == (str(torn), True, "last")
+    assert (lost.file, lost.more_lost, after.text) == (str(torn), True, "last")
 
 
 def test_ids_are_strings_or_integers(tmp_path):

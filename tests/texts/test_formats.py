@@ -12,9 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bivec.texts import formats
 from bivec.texts import rows as row_files
 from bivec.texts.files import find_files
-from bivec.texts.rows import BadRow, Column, FileRow, Start, column_names, line_offsets, read_file
+from bivec.texts.formats import column_names, line_offsets, read_file
+from bivec.texts.rows import BadRow, Column, FileRow, Start
 
 TEXT, ID = Column("text"), Column("id", "id", "id")
 
@@ -156,106 +158,53 @@ def test_csv_quotes_newlines_and_physical_lines(tmp_path, ending):
 
 
 def test_csv_quote_that_is_never_closed(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.csv", b'text,n\nfine,1\n"open,2\nswallowed,3\n')
-    assert places(read(path)) == [(2, "fine"), (3, "!a quote is opened and never closed")]
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1000)
+    path = write(tmp_path / "a.csv", b'text,n\nfine,1\n"open,2\nswallowed,3\n' + b"swallowed,4\n" * 10)
+    fine, bad = read(path)
+    assert places([fine]) == [(2, "fine")]
+    reason = "a quote is opened and never closed: all lines to the file's last, 14, are lost"
+    assert bad == BadRow(str(path), 3, reason, more_lost=True)
     previous = csv.field_size_limit(1000)
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1000)
     try:
-        path = write(tmp_path / "b.csv", b'text,n\nfine,1\n"open,2\n' + b"swallowed,3\n" * 1000)
+        path = write(tmp_path / "b.csv", b'text,n\n"fine\n",1\n"open,2\n' + b"swallowed,3\n" * 1000)
         (_, bad) = read(path)
     finally:
         csv.field_size_limit(previous)
-    assert (bad.line, bad.rest_lost) == (3, True)
-    assert "never closed" in bad.reason
+    reason = "a quote is not closed within 1,000 characters: the rest of the file is lost"
+    assert bad == BadRow(str(path), 4, reason, more_lost=True)
 
 
-def table(path, **columns):
-    pq.write_table(pa.table(columns), path, row_group_size=4)
-    return path
+def test_csv_lines_that_a_quote_swallows_are_told(tmp_path):
+    content = b'text,n\n"open,2\na,3\nb,4\n"so, closed",5\nfine,6\n"two\nlines"\nfine,7\n'
+    path = write(tmp_path / "a.csv", content)
+    torn, first, wide, second = read(path)
+    reason = "invalid CSV: ',' expected after '\"'; a quote makes one row of all lines from here to 5"
+    assert torn == BadRow(str(path), 2, reason, more_lost=True)
+    reason = "1 fields, but the header has 2; a quote makes one row of all lines from here to 8"
+    assert wide == BadRow(str(path), 7, reason, more_lost=True)
+    assert places([first, second]) == [(6, "fine"), (9, "fine")]
 
 
-def not_utf8(*values: bytes) -> pa.Array:
-    raw = pa.array(values, pa.binary())
-    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+def test_a_csv_line_that_is_too_long_has_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
+    path = write(tmp_path / "a.csv", b'text,n\n"two\nlines",1\n' + b"x" * 101 + b",2\nfine,3\n")
+    first, lost = read(path)
+    assert first.values == ["two\nlines"]
+    reason = "a line is longer than 100 bytes; it and the rest of the file are lost"
+    assert lost == BadRow(str(path), 4, reason, more_lost=True)
 
 
-def test_parquet_rows_and_their_faults(tmp_path):
-    texts = pa.array(["one", None, "", " ", "zwölf", "six"])
-    path = table(
-        tmp_path / "a.parquet", id=pa.array([10, 20, 30, 40, 50, None]), text=texts, other=pa.array([None] * 6)
-    )
-    rows = read(path, TEXT, ID)
-    assert places(rows) == [
-        (1, "one"),
-        (2, "!the text is null"),
-        (3, "!the text is empty"),
-        (4, "!the text is only whitespace"),
-        (5, "zwölf"),
-        (6, "!no id in 'id'"),
-    ]
-    assert [row.values[1] for row in rows if isinstance(row, FileRow)] == [10, 50]
-
-
-def test_parquet_invalid_utf8_costs_one_row(tmp_path):
-    path = table(tmp_path / "a.parquet", text=not_utf8(b"one", b"t\xffo", b"\xed\xa0\x80", b"vier", b"five"))
-    assert places(read(path)) == [
-        (1, "one"),
-        (2, "!invalid UTF-8: byte 0xff at position 2"),
-        (3, "!invalid UTF-8: byte 0xed at position 1"),
-        (4, "vier"),
-        (5, "five"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        pa.array(["a", None, "c"], pa.large_string()),
-        pa.array(["a", None, "c"]).dictionary_encode(),
-        pa.chunked_array([["a"], [None, "c"]]),
-    ],
-    ids=["large", "dictionary", "chunked"],
-)
-def test_parquet_string_types(tmp_path, texts):
-    path = table(tmp_path / "a.parquet", **{"the.text": texts})
-    assert places(read(path, Column("the.text"))) == [(1, "a"), (2, "!the text is null"), (3, "c")]
-
-
-@pytest.mark.parametrize("texts", [pa.array([1]), pa.array([b"a"]), pa.array([["a"]])])
-def test_parquet_column_of_a_wrong_type_is_refused(tmp_path, texts):
-    path = table(tmp_path / "a.parquet", text=texts)
-    with pytest.raises(ValueError, match=r"a\.parquet: column 'text' must be of type string, got (int64|binary|list)"):
-        read(path)
-
-
-def test_parquet_torn_or_empty_file_is_named(tmp_path):
-    whole = table(tmp_path / "whole.parquet", text=pa.array(["a", "b"])).read_bytes()
-    for name, content in {"a": whole[:-10], "b": b"", "c": b"PAR1", "d": b"not a parquet file at all"}.items():
-        path = tmp_path / f"{name}.parquet"
-        path.write_bytes(content)
-        (bad,) = read(path)
-        assert (bad.file, bad.line, bad.rest_lost) == (str(path), None, True)
-        assert str(bad).startswith(f"{path}: the file ")
-
-
-def test_parquet_corrupt_page_ends_the_file(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(
-        pa.table({"text": [f"text number {i}" for i in range(5000)]}),
-        path,
-        row_group_size=1000,
-        use_dictionary=False,
-        compression="none",
-        write_page_checksum=True,
-    )
-    content = bytearray(path.read_bytes())
-    place = content.index(b"text number 3500")
-    content[place : place + 4] = b"TEXT"
-    path.write_bytes(content)
-    *good, bad = read(path)
-    assert bad.rest_lost
-    assert 1000 < bad.line <= 3500
-    assert places(good) == [(i + 1, f"text number {i}") for i in range(bad.line - 1)]
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_a_file_of_wide_characters_is_named(tmp_path, name, encoding):
+    content = '{"text": "one"}\n' if name == "a.jsonl" else "text,n\none,1\n"
+    path = write(tmp_path / name, content.encode(encoding))
+    (bad,) = read(path)
+    assert (bad.line, bad.more_lost) == (None, True)
+    assert bad.reason.startswith("the file is in UTF-")
+    assert encoding[4:6] in bad.reason
+    assert "must be in UTF-8: convert it, as by `iconv -f UTF-" in bad.reason
+    assert column_names(*find_files([path])) == []
 
 
 # hashable stand-ins: what stands in a row, and what must come out
@@ -323,7 +272,7 @@ def test_truncated_gzip_gives_its_rows_and_says_what_is_lost(tmp_path):
     good, bad = rows[:-1], rows[-1]
     assert places(good) == [(n + 1, f"text number {n}") for n in range(len(good))]
     assert len(good) > 10_000
-    assert (bad.line, bad.rest_lost) == (len(good) + 1, True)
+    assert (bad.line, bad.more_lost) == (len(good) + 1, True)
     assert str(bad).startswith(f"{path}:{len(good) + 1}: the file cannot be read: Compressed file ended")
 
 
@@ -348,7 +297,8 @@ def test_a_missing_column_lists_the_columns_present(tmp_path, name, content, col
 
 
 def test_a_missing_column_of_parquet_and_a_missing_id_column(tmp_path):
-    path = table(tmp_path / "a.parquet", title=pa.array(["x"]), body=pa.array(["y"]))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": ["x"], "body": ["y"]}), path)
     with pytest.raises(ValueError, match="no column 'text'; its columns are 'title', 'body'"):
         read(path)
     with pytest.raises(ValueError, match="no column 'id'; its columns are 'title', 'body'"):
@@ -385,39 +335,6 @@ def test_jsonl_lists_of_texts(tmp_path):
     assert [row.values[1] if isinstance(row, FileRow) else row.reason for row in rows] == [*LISTS.values(), None]
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
-def test_parquet_lists_of_texts(tmp_path, kind):
-    negatives = [["a", "b"], [], None, ["c", None], [""]]
-    path = table(tmp_path / "a.parquet", text=pa.array(["x"] * 5), negatives=pa.array(negatives, kind))
-    rows = read(path, TEXT, NEGATIVES)
-    assert [row.values[1] if isinstance(row, FileRow) else row.reason for row in rows] == [
-        ["a", "b"],
-        [],
-        None,
-        "the negative 2 is null",
-        "the negative 1 is empty",
-    ]
-
-
-def test_parquet_invalid_utf8_in_a_list_costs_one_row(tmp_path):
-    strings = not_utf8(b"one", b"t\xffo", b"three")
-    path = table(
-        tmp_path / "a.parquet",
-        text=pa.array(["x", "y", "z"]),
-        negatives=pa.ListArray.from_arrays([0, 1, 2, 3], strings),
-    )
-    first, bad, last = read(path, TEXT, NEGATIVES)
-    assert (first.values[1], last.values[1]) == (["one"], ["three"])
-    assert (bad.line, bad.reason) == (2, "invalid UTF-8: byte 0xff at position 2")
-
-
-@pytest.mark.parametrize("values", [pa.array(["a"]), pa.array([[1]]), pa.array([1])])
-def test_parquet_column_that_holds_no_lists_of_strings_is_refused(tmp_path, values):
-    path = table(tmp_path / "a.parquet", text=pa.array(["x"]), negatives=values)
-    with pytest.raises(ValueError, match=r"a\.parquet: column 'negatives' must be of type list of string, got "):
-        read(path, TEXT, NEGATIVES)
-
-
 def test_a_value_that_is_not_required_may_be_absent(tmp_path):
     jsonl = write(
         tmp_path / "a.jsonl",
@@ -431,7 +348,8 @@ def test_a_value_that_is_not_required_may_be_absent(tmp_path):
     # a CSV knows no null
     rows = read(write(tmp_path / "b.csv", b"note,text\n,x\n ,y\n"), TEXT, NOTE)
     assert [tuple(row.values) for row in rows] == [("x", None), ("y", " ")]
-    rows = read(table(tmp_path / "a.parquet", text=pa.array(["x", "y"])), TEXT, NOTE)
+    pq.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet", TEXT, NOTE)
     assert [tuple(row.values) for row in rows] == [("x", None), ("y", None)]
 
 
@@ -455,11 +373,6 @@ def test_column_names_or_none_where_they_cannot_be_told(tmp_path, name, content,
     assert column_names(*find_files([path])) == names
 
 
-def test_column_names_of_parquet(tmp_path):
-    path = table(tmp_path / "a.parquet", b=pa.array(["x"]), a=pa.array([["y"]]))
-    assert column_names(*find_files([path])) == ["b", "a"]
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     line = {"txt": b"some text\n", "jsonl": b'{"text": "some text"}\n', "csv": b"some text,1\n"}[name.split(".")[1]]
@@ -477,7 +390,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.parquet"])
 def test_reading_from_any_row_on_gives_the_rest(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(row_files, "_OFFSETS_CHUNK", 7)
+    monkeypatch.setattr(formats, "_OFFSETS_CHUNK", 7)
     path = tmp_path / name
     texts = [f"text {n}" for n in range(12)]
     if name.endswith(".parquet"):
