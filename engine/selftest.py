@@ -19,6 +19,7 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
     Returns:
         one line a check, for `describe`.
     Raises:
+        ValueError: the weights let no token reach another.
         RuntimeError: a future token does not reach an earlier state though the windows show it, it does though they do
             not, or a neighbour does.
     """
@@ -38,6 +39,9 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
     if place == length - 1:
         return {"causal": "passed: no future token changes an earlier state"} | neighbours
     if torch.equal(alone[place], early_states([changed], windows)[place]):
+        other = [(text[0] + 1) % config.vocab_size, *text[1:]]
+        if torch.equal(alone[1:], early_states([other], windows)[1:]):
+            raise ValueError("self-test: no token changes another's state; the weights are zero, or they overflow")
         raise RuntimeError("self-test: a future token does not change an earlier state, the model is causal")
     return {
         "bidirectional": "passed: a future token changes an earlier state",

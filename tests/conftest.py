@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 # a fork of a process whose OpenMP threads have run would hang where it needs them; and tests share their cores
@@ -18,6 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import peft
 import pytest
 import tokenizers
 import transformers
@@ -113,6 +115,34 @@ def tiny_llama_folder(checkpoint_folders) -> Path:
 def make_checkpoint():
     """`save_checkpoint`, for tests that need a checkpoint of their own."""
     return save_checkpoint
+
+
+def save_adapter(base: Path, folder: Path, causal: bool = False, seed: int = 1, **form) -> Path:
+    """A LoRA adapter as PEFT writes it, no part of which is what it began as.
+
+    `causal` says whether PEFT sees a causal language model or its stack, `form` are fields of `LoraConfig`.
+    """
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets} | form)
+        model = peft.get_peft_model(kind.from_pretrained(base, dtype=torch.float32), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_magnitude" in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+                elif "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """`save_adapter`, for tests that need an adapter of their own."""
+    return save_adapter
 
 
 def start_in_child(action) -> int:

@@ -2,11 +2,10 @@
 refused by name."""
 
 import json
-import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -14,7 +13,6 @@ from bivec import Encoder
 from bivec.engine.packing import PackedBatch
 
 TEXT = "bidirectional attention lets every token see every other token"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FULL = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj", "model.layers.1.self_attn.v_proj"]
 SHORT = [name.removeprefix("model.") for name in FULL]
 
@@ -67,22 +65,6 @@ FORMS = [
 ]
 
 
-def make_adapter(base, folder, causal, seed=1, **form):
-    """Train nothing, but let no part of the adapter be what it began as."""
-    model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(base, dtype=torch.float32)
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | form)))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
-            elif "lora_" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    wrapped.save_pretrained(folder)
-
-
 def peft_states(base, folders, causal, ids):
     """What PEFT gives, one adapter merged after another."""
     model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(base, dtype=torch.float32)
@@ -108,7 +90,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(("causal", "form"), FORMS)
-def test_the_states_are_those_of_peft(tiny_llama_folder, tmp_path, causal, form):
+def test_the_states_are_those_of_peft(make_adapter, tiny_llama_folder, tmp_path, causal, form):
     make_adapter(tiny_llama_folder, tmp_path, causal, **form)
     encoder = load(tmp_path)
     ids = encoder.tokenizer(TEXT)["input_ids"]
@@ -119,7 +101,7 @@ def test_the_states_are_those_of_peft(tiny_llama_folder, tmp_path, causal, form)
 
 
 @pytest.mark.parametrize("form", ["pissa", "olora", "dora", "rslora"])
-def test_a_second_stage_stands_on_the_first(tiny_llama_folder, tmp_path, form):
+def test_a_second_stage_stands_on_the_first(make_adapter, tiny_llama_folder, tmp_path, form):
     make_adapter(tiny_llama_folder, tmp_path / "first", False)
     merged = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_llama_folder), tmp_path / "first")
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -129,7 +111,7 @@ def test_a_second_stage_stands_on_the_first(tiny_llama_folder, tmp_path, form):
     assert_same(states(encoder, ids), peft_states(tmp_path / "merged", [tmp_path / "second"], False, ids))
 
 
-def test_loading_draws_no_random_numbers_and_is_the_same_twice(tiny_llama_folder, tmp_path):
+def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tiny_llama_folder, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path, True, init_lora_weights="orthogonal")
     state = torch.random.get_rng_state()
     first = load(tmp_path).encode(TEXT)
@@ -180,7 +162,7 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(tiny_llama_folder
         ("layers_to_transform", "0"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(tiny_llama_folder, tmp_path, key, value):
+def test_what_is_not_computed_is_refused_by_name(make_adapter, tiny_llama_folder, tmp_path, key, value):
     adapter = tmp_path / "adapter"
     make_adapter(tiny_llama_folder, adapter, True)
     values = json.loads((adapter / "adapter_config.json").read_text())
@@ -189,7 +171,7 @@ def test_what_is_not_computed_is_refused_by_name(tiny_llama_folder, tmp_path, ke
         load(adapter)
 
 
-def test_a_rank_that_the_file_does_not_have_allocates_nothing(tiny_llama_folder, tmp_path):
+def test_a_rank_that_the_file_does_not_have_allocates_nothing(make_adapter, tiny_llama_folder, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path, True)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 2**24}))
@@ -197,13 +179,13 @@ def test_a_rank_that_the_file_does_not_have_allocates_nothing(tiny_llama_folder,
         load(tmp_path)
 
 
-def test_embeddings_are_refused_by_name(tiny_llama_folder, tmp_path):
+def test_embeddings_are_refused_by_name(make_adapter, tiny_llama_folder, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path, True, target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match=r"target_modules may only name linears, got model\.embed_tokens"):
         load(tmp_path)
 
 
-def test_a_merge_that_overflows_is_refused_by_name(tiny_llama_folder, tmp_path):
+def test_a_merge_that_overflows_is_refused_by_name(make_adapter, tiny_llama_folder, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path, True)
     tensors = {name: tensor.fill_(1e30) for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
