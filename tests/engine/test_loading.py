@@ -1,4 +1,4 @@
-"""Checkpoints, weights and adapters: what is refused, naming the file and what was expected."""
+"""Weights, tokenizers and adapters: what is refused, naming the file and what was expected."""
 
 import json
 import shutil
@@ -10,17 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from bivec import Encoder
-from bivec.engine.config import load_config, parse_config
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def load(folder, **arguments):
@@ -38,58 +27,7 @@ def edit_tensors(path, edit):
     save_file(tensors, path)
 
 
-# --- configuration
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gemma'"),
-        ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be one of .* got 'yarn'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type must be one of .* got 'longrope'"),
-        ({"rope_scaling": {"type": "linear"}}, "factor must be a positive number, got None"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
-        ({"num_local_experts": 8}, "num_local_experts is not supported"),
-        ({"auto_map": {"AutoModel": "modeling.Evil"}}, "auto_map asks for remote code"),
-        ({"hidden_size": "8"}, "hidden_size must be a positive integer, got '8'"),
-        ({"num_hidden_layers": None}, "num_hidden_layers must be a positive integer, got None"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads"),
-        ({"model_type": "qwen2"}, "num_key_value_heads must be a positive integer"),
-        ({"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 0}, "sliding_window must be positive"),
-    ],
-)
-def test_what_the_engine_does_not_do_is_refused_by_name(changes, message):
-    message = message.replace("sliding_window must be positive", "sliding_window must be a positive integer, got 0")
-    with pytest.raises(ValueError, match=message):
-        parse_config(LLAMA | changes)
-
-
-def test_defaults_are_those_of_transformers():
-    mistral = parse_config(LLAMA | {"model_type": "mistral", "num_key_value_heads": 1})
-    assert mistral.sliding_windows == (4096, 4096)
-    assert parse_config(LLAMA).num_key_value_heads == 2
-    assert parse_config(LLAMA).rope.theta == 10000.0
-    qwen3 = parse_config(LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1})
-    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.sliding_windows) == (128, True, (None, None))
-
-
-def test_a_broken_configuration_is_named(fresh_llama_folder):
-    (fresh_llama_folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        load(fresh_llama_folder)
-    (fresh_llama_folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
-        load(fresh_llama_folder)
-
-
-def test_remote_code_is_refused_and_not_run(fresh_llama_folder, tmp_path):
-    edit_json(fresh_llama_folder / "config.json", auto_map={"AutoModel": "modeling_evil.Evil"})
-    (fresh_llama_folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ValueError, match=r"config\.json: auto_map asks for remote code"):
-        load(fresh_llama_folder)
-    assert not (tmp_path / "ran").exists()
+# --- tokenizers
 
 
 def test_a_tokenizer_with_remote_code_is_not_run(fresh_llama_folder, tmp_path):
@@ -111,6 +49,18 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_checkpoint, tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"token id 5000, but the model has \d+ embeddings"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": "2.0"}, {"pre_tokenizer": {"type": "OfTomorrow"}}, {"model": {"type": "OfTomorrow", "vocab": {}}}],
+    ids=str,
+)
+def test_a_tokenizer_of_a_newer_library_is_one_line(fresh_llama_folder, changes):
+    edit_json(fresh_llama_folder / "tokenizer.json", **changes)
+    with pytest.raises(ValueError, match="holds no tokenizer that transformers can read") as caught:
+        load(fresh_llama_folder)
+    assert "\n" not in str(caught.value)
 
 
 # --- weights
@@ -135,12 +85,24 @@ def test_a_truncated_file_is_refused(fresh_llama_folder, keep):
         ),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), r"model\.norm\.weight .* holds NaN or infinity"),
         (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "must be floating point"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}),
+            r"model\.norm\.weight .* must be floating point \(F16, BF16, F32, F64\), got F8_E4M3",
+        ),
+        (lambda t: t.update({"norm.weight": torch.ones(64)}), r"norm\.weight are both norm\.weight"),
     ],
-    ids=["missing", "extra", "misshapen", "nan", "integers"],
+    ids=["missing", "extra", "misshapen", "nan", "integers", "float8", "twice"],
 )
 def test_tensors_that_do_not_fit_are_named(fresh_llama_folder, edit, message):
     edit_tensors(fresh_llama_folder / "model.safetensors", edit)
     with pytest.raises(ValueError, match=f"does not fit its config.json: .*{message}"):
+        load(fresh_llama_folder)
+
+
+@pytest.mark.parametrize("zero", ["", "o_proj"], ids=["all", "attention"])
+def test_weights_that_let_no_token_reach_another_are_refused(fresh_llama_folder, zero):
+    edit_tensors(fresh_llama_folder / "model.safetensors", lambda t: [t[name].zero_() for name in t if zero in name])
+    with pytest.raises(ValueError, match="no token changes another's state; the weights are zero"):
         load(fresh_llama_folder)
 
 
@@ -187,6 +149,22 @@ def test_an_index_may_only_name_files_beside_it(fresh_llama_folder, name):
     with pytest.raises(
         ValueError, match=r"index\.json: a shard must be the name of a \.safetensors file in that folder"
     ):
+        load(fresh_llama_folder)
+
+
+def test_a_tensor_comes_from_the_shard_that_the_index_names(fresh_llama_folder):
+    index = shard(fresh_llama_folder)
+    places = json.loads(index.read_text())["weight_map"]
+    name, other = "model.norm.weight", {"1": "2", "2": "1"}
+    wrong = places[name].replace(places[name][10], other[places[name][10]], 1)
+    edit_tensors(fresh_llama_folder / wrong, lambda t: t.update({name: torch.zeros(64)}))
+    with pytest.raises(ValueError, match=rf"{name} is in {wrong}, but .*index\.json names {places[name]} for it"):
+        load(fresh_llama_folder)
+    edit_tensors(fresh_llama_folder / wrong, lambda t: t.pop(name))
+    load(fresh_llama_folder)
+    del places[name]
+    edit_json(index, weight_map=places)
+    with pytest.raises(ValueError, match=rf"{name} is in .*, but .*index\.json names no file for it"):
         load(fresh_llama_folder)
 
 
@@ -298,8 +276,17 @@ def test_an_adapter_of_another_base_is_refused(make_checkpoint, tiny_llama_folde
         (lambda t: t.pop(sorted(t)[0]), "does not fit this base: missing"),
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}), "unexpected base_model"),
         (lambda t: t[sorted(t)[0]].fill_(float("inf")), "holds NaN or infinity"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].int()}), "must be floating point .* got I32"),
+        (
+            lambda t: t.update({sorted(t)[0].removeprefix("base_model.model."): t[sorted(t)[0]].clone()}),
+            "stands there twice",
+        ),
+        (
+            lambda t: t.update({sorted(t)[0].replace("base_model.model.", "base_model.model.model."): torch.ones(1)}),
+            "unexpected base_model",
+        ),
     ],
-    ids=["missing", "extra", "infinite"],
+    ids=["missing", "extra", "infinite", "integers", "twice", "of two bases"],
 )
 def test_adapter_tensors_that_do_not_fit_are_named(tiny_llama_folder, tmp_path, edit, message):
     save_adapter(tiny_llama_folder, tmp_path, 7)
@@ -343,9 +330,3 @@ def test_adapters_of_other_hub_models_are_told_apart_by_name(tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "_fetch", lambda name, hub: folders[name])
     with pytest.raises(ValueError, match="lab/adapter was trained on meta/other, not on meta/base"):
         checkpoints.resolve("meta/base", ("lab/adapter",))
-
-
-def test_a_configuration_read_from_a_real_checkpoint(shared_data):
-    config = load_config(shared_data / "stories260K" / "hf")
-    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (64, 5, 4)
-    assert config.tie_word_embeddings

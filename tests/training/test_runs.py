@@ -86,16 +86,21 @@ def test_no_stage_touches_the_language_model(make_settings, chain, tiny_llama_fo
             assert (own - expected).abs().max() < 1e-4
 
 
-def test_the_first_step_stands_on_the_earlier_adapters(make_settings, chain, make_step):
+@pytest.mark.parametrize("form", [None, "pissa", "olora"])
+def test_the_first_step_stands_on_the_earlier_adapters(
+    make_settings, chain, make_step, make_adapter, tiny_llama_folder, tmp_path, form
+):
     """A fresh adapter's B is zero: the trainee begins as what the earlier run embeds."""
-    folder = chain(make_settings)
-    settings = make_settings("simcse", model=str(folder / "simcse"))
-    step = make_step(settings)
+    if form is None:
+        model = chain(make_settings) / "simcse"
+    else:
+        model = make_adapter(tiny_llama_folder, tmp_path, init_lora_weights=form)
+    step = make_step(make_settings("simcse", model=str(model)))
     for name, parameter in step.trainee.parameters.items():
         assert "stage_" not in name
         if "lora_B" in name:
             parameter.data.zero_()
-    encoder = Encoder.from_pretrained(folder / "simcse", dtype="float32", device="cpu")
+    encoder = Encoder.from_pretrained(model, dtype="float32", device="cpu")
     batch = PackedBatch.from_sequences([encoder.tokenizer(text)["input_ids"] for text in TEXTS])
     with torch.no_grad():
         found = step.trainee.model.norm(step.trainee.model.eval()(batch, encoder.windows))
@@ -117,6 +122,37 @@ def test_continue_adapter_goes_on_with_the_last(make_settings, chain, tmp_path):
     train(make_settings("simcse", model=str(folder / "simcse"), continue_adapter=True, max_steps=1, overwrite=True))
     with pytest.raises(ValueError, match="continue_adapter needs a model with an adapter"):
         train(make_settings("simcse", continue_adapter=True, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"]},
+        {"alpha_pattern": {"^model.layers.1.self_attn.q_proj": 64}, "layers_to_transform": [0, 1]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "causal": False},
+    ],
+    ids=["names in full", "patterns in full", "pissa", "olora"],
+)
+def test_an_adapter_of_peft_is_continued_and_trained_upon(
+    make_settings, make_adapter, tiny_llama_folder, tmp_path, form
+):
+    model = make_adapter(tiny_llama_folder, tmp_path / "adapter", **{"causal": True} | form)
+    before = Encoder.from_pretrained(model, dtype="float32", device="cpu").encode(TEXTS)
+    for name, changes in {"continued": {"continue_adapter": True}, "on top": {}}.items():
+        output = str(tmp_path / name)
+        train(make_settings("simcse", model=str(model), output=output, learning_rate=0.0, max_steps=1, **changes))
+        encoder = Encoder.from_pretrained(output, dtype="float32", device="cpu")
+        assert len(encoder.checkpoint.adapters) == (1 if changes else 2)
+        assert abs(encoder.encode(TEXTS) - before).max() < 1e-3 * abs(before).max()
+
+
+def test_dora_is_refused_for_training_by_name(make_settings, make_adapter, tiny_llama_folder, tmp_path):
+    model = str(make_adapter(tiny_llama_folder, tmp_path / "adapter", use_dora=True))
+    with pytest.raises(ValueError, match="use_dora can be merged, not stacked; export the model first"):
+        train(make_settings("simcse", model=model, max_steps=1))
+    with pytest.raises(ValueError, match="continue_adapter cannot train DoRA"):
+        train(make_settings("simcse", model=model, max_steps=1, continue_adapter=True))
 
 
 def test_pretraining_leaves_a_checkpoint_of_its_own(make_settings, tmp_path, tiny_llama_folder):
