@@ -11,7 +11,7 @@ before it is tokenised, where that cannot change its first tokens.
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +35,9 @@ _PREFIX_CHARACTERS = 8
 # byte-level white space (Ċ is a line feed, ĉ a tab, č a carriage return) and are no other characters
 _SPACE_INSIDE = re.compile("[^ ▁Ġ\\sĊĉč][ ▁Ġ]")
 
-# an encoding of the tokenizers library takes kilobytes: strings and offsets of each token
+# an encoding of the tokenizers library takes kilobytes, 200 bytes a character: strings and offsets of each token
 _TEXTS_AT_ONCE = 256
+_CHARACTERS_AT_ONCE = 2**22  # of several texts; of one text more are tokenised only where max_length asks for them
 
 
 class Tokenized(NamedTuple):
@@ -74,6 +75,7 @@ class TextTokenizer:
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
         self._cuts_before_spaces = _cuts_before_spaces(self._backend)
+        self._most_characters = max(_CHARACTERS_AT_ONCE, 2 * _PREFIX_CHARACTERS * max_length)
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         """Tokenise `prompt + text` for each pair; a text that leaves nothing to pool is `Rejected`, never guessed."""
@@ -90,13 +92,21 @@ class TextTokenizer:
         while good:
             whole = [prompts[i] + texts[i] for i in good]
             ends = [self._prefix_end(text, num_characters) for text in whole]
-            encodings = self._backend.encode_batch([text[:end] for text, end in zip(whole, ends, strict=True)])
             again = []
-            for i, text, end, encoding in zip(good, whole, ends, encodings, strict=True):
-                if end < len(text) and len(encoding.ids) < self.max_length:
-                    again.append(i)
-                else:
-                    results[i] = self._locate(encoding, prompts[i])
+            for part in _parts(ends):
+                if ends[part.start] > self._most_characters:  # and so the only one
+                    results[good[part.start]] = Rejected(
+                        f"{ends[part.start]:,} characters without a space to cut at must be tokenised at once, "
+                        f"at most {self._most_characters:,} can be"
+                    )
+                    continue
+                cut = [text[:end] for text, end in zip(whole[part], ends[part], strict=True)]
+                encodings = self._backend.encode_batch(cut)
+                for i, text, end, encoding in zip(good[part], whole[part], ends[part], encodings, strict=True):
+                    if end < len(text) and len(encoding.ids) < self.max_length:
+                        again.append(i)
+                    else:
+                        results[i] = self._locate(encoding, prompts[i])
             good = again
             num_characters *= 4
         return [result for result in results if result is not None]
@@ -124,6 +134,18 @@ class TextTokenizer:
         return Rejected(
             f"no token of the text is left after the prompt ({len(ids)} tokens, max_length {self.max_length})"
         )
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that are `_CHARACTERS_AT_ONCE` together, or a single one that is more by itself."""
+    begin, total = 0, 0
+    for place, size in enumerate(sizes):
+        if place > begin and total + size > _CHARACTERS_AT_ONCE:
+            yield slice(begin, place)
+            begin, total = place, 0
+        total += size
+    if sizes:
+        yield slice(begin, len(sizes))
 
 
 def _cuts_before_spaces(backend: tokenizers.Tokenizer) -> bool:

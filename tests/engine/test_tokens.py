@@ -91,6 +91,21 @@ def test_ten_megabytes_take_milliseconds(byte_level):
     assert found == tokenizer([text[:100_000]], [""])[0]
 
 
+def test_a_text_that_cannot_be_cut_is_not_tokenised_without_end(byte_level, monkeypatch):
+    whole = TextTokenizer(byte_level, 4)
+    monkeypatch.setattr(tokens, "_CHARACTERS_AT_ONCE", 1000)
+    tokenizer = TextTokenizer(byte_level, 4)
+    texts = ["x" * 1000, "x" * 1001, "one two", "x" * 600, "y" * 600, "three " * 1000, "x" * 999, None, "a"]
+    found = tokenizer(texts, ["", "", "p "] + [""] * 6)
+    reason = "1,001 characters without a space to cut at must be tokenised at once, at most 1,000 can be"
+    assert found[1] == Rejected(reason)
+    texts[1] = "x" * 999
+    expected = whole(texts, ["", "", "p "] + [""] * 6)
+    assert [*found[:1], *found[2:]] == [*expected[:1], *expected[2:]]
+    # whoever asks for all tokens gets them
+    assert len(TextTokenizer(byte_level, 10_000)(["x" * 20_000], [""])[0].ids) > 1000
+
+
 def test_a_prefix_with_too_few_tokens_is_made_longer(byte_level, monkeypatch):
     monkeypatch.setattr(tokens, "_PREFIX_CHARACTERS", 1)
     check(byte_level, "bidirectional attention " * 100, "", 20)
