@@ -26,7 +26,8 @@ Model = Annotated[
     ),
 ]
 Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", help="LoRA adapter, hub id or folder; repeat to stack, in order.")
+    list[str] | None,
+    typer.Option("--adapter", help="LoRA adapter or training run, hub id or folder; repeat to stack, in order."),
 ]
 Pooling = Annotated[
     Literal["mean", "weighted_mean", "last", "first"] | None,

@@ -172,8 +172,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises nothing narrower, for a file newer than itself too
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {reason}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {reason:.300}") from error
     # a special token that nothing produces (a padding token added later) may lie beyond the embeddings
     unused = set(tokenizer.all_special_ids) - set(tokenizer("")["input_ids"])
     largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)

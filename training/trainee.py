@@ -17,6 +17,7 @@ from ..engine.adapter_config import read_adapter_config
 from ..engine.adapters import add_adapter, stack_adapters, take_out
 from ..engine.checkpoints import ADAPTER_FILES, Checkpoint, resolve
 from ..engine.config import ModelConfig, load_config
+from ..engine.json_files import read_object
 from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
@@ -97,7 +98,7 @@ class Trainee:
         return str(self.checkpoint.base.resolve()) if Path(name).expanduser().is_dir() else name
 
     def _save_checkpoint(self, folder: Path) -> None:
-        values = json.loads((self.checkpoint.base / "config.json").read_text(encoding="utf-8"))
+        values = read_object(self.checkpoint.base / "config.json")
         values.pop("torch_dtype", None)
         values["dtype"] = "float32"
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -213,8 +214,7 @@ def _add_adapters(
 
 def _randomize(network: nn.Module, base: Path, seed: int) -> None:
     """Weights as transformers makes a Llama's: normal with `initializer_range`, biases zero, norms one."""
-    values = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    deviation = float(values.get("initializer_range", 0.02))
+    deviation = float(read_object(base / "config.json").get("initializer_range", 0.02))
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -92,6 +92,15 @@ def test_a_chain_that_contradicts_another_is_refused(folders, tiny_llama_folder,
         resolve(tiny_llama_folder if model == "base" else folders / model, [folders / name for name in adapters])
 
 
+def test_a_runs_own_tokenizer_is_taken(folders, tiny_llama_folder, tmp_path):
+    assert resolve(tiny_llama_folder, [folders / "simcse"]).tokenizer == tiny_llama_folder
+    shutil.copytree(folders / "simcse", tmp_path / "run")
+    for path in tiny_llama_folder.glob("token*"):
+        shutil.copy(path, tmp_path / "run")
+    assert resolve(tmp_path / "run").tokenizer == tmp_path / "run"
+    assert resolve(tiny_llama_folder, [tmp_path / "run"]).tokenizer == tmp_path / "run"
+
+
 def test_a_run_of_another_base_is_refused(folders, make_checkpoint, tiny_llama_folder, tmp_path):
     other = make_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(ValueError, match=r"mntp was trained on .*, which differs from .*other"):

@@ -51,6 +51,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_checkpoint, tmp_path)
         load(tmp_path)
 
 
+def test_what_transformers_says_of_a_configuration_is_one_line(fresh_llama_folder):
+    edit_json(fresh_llama_folder / "config.json", initializer_range="0.02")
+    with pytest.raises(ValueError, match=r"no tokenizer that transformers can read: .*'initializer_range'.*'0.02'"):
+        load(fresh_llama_folder)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"version": "2.0"}, {"pre_tokenizer": {"type": "OfTomorrow"}}, {"model": {"type": "OfTomorrow", "vocab": {}}}],
