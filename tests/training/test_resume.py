@@ -219,6 +219,30 @@ def test_a_damaged_checkpoint_is_passed_over(settings, caplog):
     assert contents(Path(run.output)) == finished
 
 
+def test_a_damaged_checkpoint_is_not_kept_for_a_whole_one(settings, monkeypatch, exit_code):
+    run = settings(max_steps=4)
+    train(run)
+    folder = Path(run.output) / checkpoint.CHECKPOINTS
+    (folder / "step-4" / "state.json").write_text("{}")
+    for name in ("bivec.json", "adapter_config.json", "adapter_model.safetensors"):
+        (Path(run.output) / name).unlink()
+    original, calls = Optimizer.step, [0]
+
+    def killed(self):
+        calls[0] += 1
+        if calls[0] == 2:
+            die()
+        return original(self)
+
+    def go_on():
+        monkeypatch.setattr(Optimizer, "step", killed)
+        train(settings(max_steps=4, save_steps=1, save_total_limit=1, resume=True))
+
+    assert exit_code(go_on) == -signal.SIGKILL
+    assert [path.name for path in folder.iterdir()] == ["step-3"]
+    assert train(settings(max_steps=4, resume=True)).first_step == 3
+
+
 def test_resuming_a_finished_run_changes_nothing(settings):
     run = settings(max_steps=3)
     train(run)
