@@ -68,6 +68,21 @@ def test_the_checkpoints_before_stay_and_can_be_gone_on_from(make_settings, monk
     assert adapters[0] == adapters[1]
 
 
+def test_weights_that_are_no_numbers_end_training_at_the_next_step(make_settings, monkeypatch):
+    original, calls = Optimizer.step, [0]
+
+    def spoiled(self):
+        norm = original(self)
+        calls[0] += 1
+        if calls[0] == 2:
+            next(iter(self.parameters.values())).data.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(Optimizer, "step", spoiled)
+    with pytest.raises(RuntimeError, match=r"diverged by step 3: .* holds NaN or infinity"):
+        train(make_settings("simcse", max_steps=20))
+
+
 def test_steps_that_are_all_skipped_are_no_success(make_settings, monkeypatch):
     original = Optimizer.step
 
@@ -94,3 +109,10 @@ def test_what_is_sound_is_not_refused(make_step, make_settings):
     step.trainee.model.norm.weight.data.zero_()
     assert find_divergence(step.passes, (-1, -1)) == "the model's states do not depend on the text any more"
     assert find_divergence(step.passes, (-1, 0)) == "the model's states do not depend on the text any more"
+
+
+def test_one_embedding_that_is_no_number_is_enough(make_step, make_settings):
+    step = make_step(make_settings("pretrain"))
+    assert find_divergence(step.passes, (-1, 0)) is None
+    step.trainee.model.embed_tokens.weight.data[200, 5] = float("nan")
+    assert find_divergence(step.passes, (-1, 0)) == "model.embed_tokens.weight holds NaN or infinity"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bivec.engine.outputs import open_locked
-from bivec.training import train
+from bivec.training import loop, train
 from bivec.training.optimizer import Optimizer
 
 
@@ -92,6 +92,19 @@ def test_overwriting_refuses_what_a_run_did_not_write(settings, run_folder, tmp_
     with pytest.raises(FileExistsError, match=f"did not write, as .*{Path(foreign).name}"):
         train(settings(overwrite=True))
     assert files(tmp_path) == before
+
+
+def test_overwriting_leaves_what_came_after_it_was_checked(settings, run_folder, monkeypatch):
+    original = loop.load_trainee
+
+    def meanwhile(*arguments):
+        (run_folder / "checkpoints" / "thesis.tex").write_text("years of work")
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "load_trainee", meanwhile)
+    train(settings(overwrite=True, max_steps=1))
+    assert (run_folder / "checkpoints" / "thesis.tex").read_text() == "years of work"
+    assert not (run_folder / "checkpoints" / "step-2").exists()
 
 
 def test_overwriting_refuses_a_link_in_the_place_of_a_file(settings, run_folder, tmp_path):

@@ -52,10 +52,11 @@ def test_the_chain_gives_in_peft_what_it_gives_here(make_settings, chain, tiny_l
     encoder = Encoder.from_pretrained(folder / "supervised", dtype="float32", device="cpu")
     base = transformers.AutoModel.from_pretrained(tiny_llama_folder, dtype=torch.float32)
     plain = {text: hidden_states(base, encoder.tokenizer(text)["input_ids"]) for text in TEXTS}
-    with_adapters = peft.PeftModel.from_pretrained(base, folder / "mntp", adapter_name="mntp")
-    for stage in ("simcse", "supervised"):
-        with_adapters.load_adapter(folder / stage, adapter_name=stage)
-    with_adapters.base_model.set_adapter(list(STAGES))
+    run = folder / "supervised"
+    with_adapters = peft.PeftModel.from_pretrained(base, run / "earlier" / "1", adapter_name="1")
+    with_adapters.load_adapter(run / "earlier" / "2", adapter_name="2")
+    with_adapters.load_adapter(run, adapter_name="3")
+    with_adapters.base_model.set_adapter(["1", "2", "3"])
     for text in TEXTS:
         ids = encoder.tokenizer(text)["input_ids"]
         expected = hidden_states(with_adapters, ids)
