@@ -107,6 +107,38 @@ def test_overwriting_leaves_what_came_after_it_was_checked(settings, run_folder,
     assert not (run_folder / "checkpoints" / "step-2").exists()
 
 
+@pytest.mark.parametrize("call", [1, 2, 5, 8])
+def test_killed_while_it_removes_a_run(settings, run_folder, monkeypatch, exit_code, tmp_path, call):
+    """What is left is a run still, so the same command does what it was asked to; no one takes it for a whole one."""
+
+    def killed():
+        original, calls = Path.unlink, [0]
+
+        def counted(self, *arguments, **options):
+            calls[0] += 1
+            if calls[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        clear = loop.clear
+
+        def watched(output):
+            monkeypatch.setattr(Path, "unlink", counted)
+            clear(output)
+
+        monkeypatch.setattr(loop, "clear", watched)
+        train(settings(overwrite=True, seed=7))
+
+    before = files(run_folder).keys()
+    assert exit_code(killed) == -signal.SIGKILL
+    assert before - files(run_folder).keys() == set() or not (run_folder / "bivec.json").exists()
+    with pytest.raises(ValueError, match="of another configuration: seed was 42, is 7"):
+        train(settings(resume=True, seed=7))
+    train(settings(overwrite=True, seed=7))
+    train(settings("fresh", seed=7))
+    assert files(run_folder) == files(tmp_path / "fresh")
+
+
 def test_overwriting_refuses_a_link_in_the_place_of_a_file(settings, run_folder, tmp_path):
     (run_folder / "adapter_config.json").replace(tmp_path / "config")
     (run_folder / "adapter_config.json").symlink_to(tmp_path / "config")
