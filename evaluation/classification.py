@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..texts.files import is_file
+from ..texts.formats import refuse_wide_characters
+from ..texts.rows import Unreadable
 from .extras import needed
 from .report import Score
 from .splits import Split, find_splits, looked_for
@@ -57,7 +59,7 @@ def read_tasks(folder: Path, split: Split) -> list[ClassificationTask]:
 
     Raises:
         FileNotFoundError: there is none, or one has no training split; says which names were looked for.
-        ValueError: a line is malformed, with its file.
+        ValueError: a line is malformed, with its file, or a label does not occur in the training split.
     """
     splits = find_splits(folder, EXTENSIONS)
     taken = {path for files in splits.values() for path in files.values()}
@@ -69,7 +71,10 @@ def read_tasks(folder: Path, split: Split) -> list[ClassificationTask]:
         if "train" not in files:
             wanted = looked_for(name, "train", EXTENSIONS)
             raise FileNotFoundError(f"no training split beside {next(iter(files.values()))}: looked for {wanted}")
-        tasks.append(_read_task(name, files))
+        task = _read_task(name, files)
+        for used in sorted({"dev", split} & files.keys()):
+            _check_labels(task, files["train"], files[used], used)
+        tasks.append(task)
     if not tasks:
         wanted = looked_for("*", split, EXTENSIONS)
         raise FileNotFoundError(f"no labelled texts in {folder}: looked for {wanted} with their training split, *.all")
@@ -80,9 +85,13 @@ def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     """Labels and texts of one file, in UTF-8 or, where it is not that, in Latin-1.
 
     Raises:
-        ValueError: the file is empty, or a line is not a label, a space and a text.
+        ValueError: the file is empty or in UTF-16 or UTF-32, or a line is not a label, a space and a text.
     """
     content = path.read_bytes()
+    try:
+        refuse_wide_characters(content.partition(b"\n")[0])  # which would pass for Latin-1
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         decoded = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -134,6 +143,17 @@ def _read_task(name: str, files: dict[str, Path]) -> ClassificationTask:
             f"{files['train']}: two labels or more must each stand {FOLDS} times, got {rarest!r} {times} times"
         )
     return ClassificationTask(name, texts, np.array(labels), rows)
+
+
+def _check_labels(task: ClassificationTask, train: Path, path: Path, split: str) -> None:
+    """What a classifier has not seen it never answers: such a label is most often spelled otherwise."""
+    known = set(task.labels[task.rows["train"]])
+    unknown = Counter(label for label in task.labels[task.rows[split]] if label not in known)
+    if unknown:
+        label, times = unknown.most_common()[0]
+        raise ValueError(
+            f"{path}: every label must occur in the training split {train}, {str(label)!r} ({times} times) does not"
+        )
 
 
 def _classify(task: ClassificationTask, split: Split, features: Features, seed: int) -> tuple[np.ndarray, list[float]]:

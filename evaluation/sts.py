@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..texts.formats import lines
+from ..texts.rows import MAX_ROW_BYTES, Fault, InputFile, Unreadable, decoded
 from .report import Score
 from .splits import Split, find_splits, looked_for
 from .statistics import estimate, pearson, spearman
@@ -100,16 +102,26 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Fields of each row that is not blank, with the line it begins on."""
     tabs = path.suffix == ".tsv"
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     line = 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **dialect)
-        try:
-            for fields in reader:
-                if fields:
-                    yield line, fields
-                line = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
+    reader = csv.reader(_lines(path), **dialect)
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: {error}") from error
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for number, line in lines(InputFile(path, path.name, "csv", compressed=False)):
+        text = line if isinstance(line, Fault) else decoded(line)
+        if isinstance(text, Fault):
+            raise ValueError(f"{path}:{number}: {text}")
+        yield text
 
 
 def _pair(path: Path, line: int, fields: Sequence[str], width: int, places: Sequence[int]) -> tuple[str, str, float]:

@@ -105,8 +105,12 @@ def line_offsets(file: InputFile, lines: Sequence[int]) -> list[int]:
     return offsets
 
 
-def _lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, bytes | Fault]]:
-    """Numbered physical lines with their line ends, without the byte order mark; a too long one is bad."""
+def lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, bytes | Fault]]:
+    """Numbered physical lines with their line ends, without the byte order mark; a too long one is bad.
+
+    Raises:
+        Unreadable: the file is empty, or is not in UTF-8 from its first line on.
+    """
     opener: Callable[..., Any] = gzip.open if file.compressed else open
     with opener(file.path, "rb") as stream:
         number = start.after if start.offset else 0
@@ -114,7 +118,7 @@ def _lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, by
         for line in iter(lambda: stream.readline(rows.MAX_ROW_BYTES + 1), b""):
             number += 1
             if number == 1:
-                _refuse_wide_characters(line)
+                refuse_wide_characters(line)
             too_long = len(line) > rows.MAX_ROW_BYTES
             if too_long:
                 _skip_line(stream, line)
@@ -128,7 +132,7 @@ def _lines(file: InputFile, start: Start = _BEGINNING) -> Iterator[tuple[int, by
             raise Unreadable("the file is empty")
 
 
-def _refuse_wide_characters(line: bytes) -> None:
+def refuse_wide_characters(line: bytes) -> None:
     """Raises Unreadable where a file's first line is UTF-16 or UTF-32, by its mark or, of ASCII, by its zeros."""
     name = next((name for name, marks in _WIDE_MARKS.items() if line.startswith(marks)), None)
     even, odd = line[::2], line[1::2]
@@ -149,7 +153,7 @@ def _read_txt(file: InputFile, columns: Sequence[Column], start: Start) -> Itera
         if column.required:
             raise ValueError(f"{file.path}: a .txt file has no columns, so no {column.what} column {column.name!r}")
     absent = [None] * len(columns[1:])
-    for number, line in _lines(file, start):
+    for number, line in lines(file, start):
         text = line if isinstance(line, Fault) else decoded(line.removesuffix(b"\n").removesuffix(b"\r"))
         yield number, [text, *absent]
 
@@ -171,7 +175,7 @@ _parse_json = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_n
 
 def _read_jsonl(file: InputFile, columns: Sequence[Column], start: Start) -> Iterator[Record]:
     first = start == _BEGINNING
-    for number, line in _lines(file, start):
+    for number, line in lines(file, start):
         row: Any = line
         if not isinstance(line, Fault):
             if not line.strip():
@@ -191,7 +195,7 @@ def _read_jsonl(file: InputFile, columns: Sequence[Column], start: Start) -> Ite
 
 
 def _jsonl_names(file: InputFile) -> list[str]:
-    for _, line in _lines(file):
+    for _, line in lines(file):
         if isinstance(line, Fault) or line.strip():
             row = line if isinstance(line, Fault) else _json_object(line)
             return [] if isinstance(row, Fault) else list(row)
@@ -218,13 +222,13 @@ def _csv_reader(file: InputFile) -> tuple[Any, list[str]]:
     """A `csv.reader` that stands behind the header, and the header."""
     csv.field_size_limit(max(csv.field_size_limit(), rows.MAX_ROW_BYTES))
 
-    def lines() -> Iterator[str]:
-        for number, line in _lines(file):
+    def csv_lines() -> Iterator[str]:
+        for number, line in lines(file):
             if isinstance(line, Fault):
                 raise Unreadable(f"a line is {line}; it and the rest of the file are lost", number)
             yield line.decode("utf-8", "surrogateescape")  # _field finds the bytes that were not UTF-8
 
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(csv_lines(), strict=True)
     try:
         return reader, next((row for row in reader if row), [])
     except csv.Error as error:

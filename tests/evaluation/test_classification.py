@@ -62,6 +62,29 @@ def test_absent_data_says_what_was_looked_for_where(labelled_folder, tmp_path):
         read_tasks(labelled_folder, "test")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+def test_wide_characters_are_no_latin1(tmp_path, encoding):
+    (tmp_path / "a").write_bytes("1 a text\n0 another\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"a: the file is in UTF-.*must be in UTF-8: convert it"):
+        read_labelled(tmp_path / "a")
+
+
+def test_labels_that_training_lacks_are_refused_where_they_count(labelled_folder):
+    with (labelled_folder / "split.test").open("a") as file:
+        file.write("1.0 a\n1.0 b\n2 c\n")
+    with pytest.raises(
+        ValueError, match=r"split\.test: every label must occur in .*split\.train, '1\.0' \(2 times\) does not"
+    ):
+        read_tasks(labelled_folder, "test")
+    assert "split" in {task.name for task in read_tasks(labelled_folder, "dev")}
+    with (labelled_folder / "split.dev").open("a") as file:
+        file.write("x a\n")
+    with pytest.raises(
+        ValueError, match=r"split\.dev: every label must occur in .*split\.train, 'x' \(1 times\) does not"
+    ):
+        read_tasks(labelled_folder, "test")
+
+
 def test_too_few_of_a_label_are_refused(labelled_folder):
     with (labelled_folder / "whole.all").open("a") as file:
         file.write("2 rare\n")

@@ -1,5 +1,7 @@
 """Text similarity: which files are read and which refused, and scores against scipy and known figures."""
 
+import csv
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -41,12 +43,30 @@ def test_quotes_are_text_in_a_tsv(tmp_path):
         ('a,"b\nb",1\n ,d,2\n', 3, "a sentence is empty"),
         ('a,b,1\nc,"d,2\n', 2, "unexpected end of data"),
         ("sentence1,sentence2,score,id\na,b,1\n", 2, "4 fields are needed .*, got 3"),
+        ("a,b,1\n\udcff,d,1\n", 2, "invalid UTF-8: byte 0xff at position 1"),
         ("one,two,three\na,b,1\n", 1, "the score must be a number, got 'three'"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, content, line, message):
-    (tmp_path / "a.csv").write_text(content)
+    (tmp_path / "a.csv").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=rf"a\.csv:{line}: {message}"):
+        read_pairs(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_long_sentences_are_read(tmp_path, name):
+    line = f"{'a' * 200_000},b,1\n"
+    (tmp_path / name).write_text(line.replace(",", "\t") if name == "a.tsv" else line)
+    limit = csv.field_size_limit(131_072)  # Python's own
+    try:
+        assert read_pairs(tmp_path / name).first == ["a" * 200_000]
+    finally:
+        csv.field_size_limit(limit)
+
+
+def test_wide_characters_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b,1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.csv: the file is in UTF-16, and must be in UTF-8"):
         read_pairs(tmp_path / "a.csv")
 
 
