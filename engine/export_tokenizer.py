@@ -32,8 +32,8 @@ def write_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`: the tokenizer as it was loaded, of whatever files.
 
-    It gets a padding token, without which peers refuse it, and no chat template, into which sentence-transformers
-    would put every text. Special-token strings in a text are plain text, as here.
+    It gets a padding token, without which peers refuse it, and no chat template, of which an encoder has no use.
+    Special-token strings in a text are plain text, as here, and so it changes nothing else to call a space special.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     # a token beyond the embeddings is one that nothing produces
@@ -42,7 +42,10 @@ def write_tokenizer(
     known = {
         token for token in tokenizer.all_special_tokens if (tokenizer.convert_tokens_to_ids(token) or 0) < vocab_size
     }
-    named = {name: token for name, token in tokenizer.special_tokens_map.items() if token in known}
+    named = {
+        name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str) and token in known
+    }
+    spaces = set(_last_spaces(tokenizer, [*prompts, "a reader's own: "]))
     padding = named.get("pad_token") or named.get("eos_token") or named.get("bos_token")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -50,7 +53,7 @@ def write_tokenizer(
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
-        "extra_special_tokens": sorted((known - set(named.values())) | set(_last_spaces(tokenizer, prompts))),
+        "extra_special_tokens": sorted((known - set(named.values())) | spaces),
         **named,
     }
     write_json(folder / "tokenizer_config.json", config | ({} if padding is None else {"pad_token": padding}))
@@ -83,13 +86,15 @@ def check_tokenizer(
         ValueError: naming the prompt, and what would differ.
     """
     again = TextTokenizer(written, source.max_length)
+    added = source.hugging_face.added_tokens_decoder.values()
+    samples = [*_SAMPLES, *(f"a {token.content} b" for token in added if not token.special)]
     cut: dict[str, Any] = {"truncation": True, "max_length": source.max_length}
     for name, prompt in {"": "", **prompts}.items():
-        repeated = [prompt] * len(_SAMPLES)
-        expected, reread = source(_SAMPLES, repeated), again(_SAMPLES, repeated)
-        theirs = written([prompt + text for text in _SAMPLES], **cut)["input_ids"]
+        repeated = [prompt] * len(samples)
+        expected, reread = source(samples, repeated), again(samples, repeated)
+        theirs = written([prompt + text for text in samples], **cut)["input_ids"]
         count = _count_alone(written, prompt, cut) if prompt and counted else None
-        for text, result, ours, ids in zip(_SAMPLES, expected, reread, theirs, strict=True):
+        for text, result, ours, ids in zip(samples, expected, reread, theirs, strict=True):
             if isinstance(result, Rejected):
                 if prompt and text.strip():
                     raise ValueError(f"the prompt {name!r} ({prompt!r}) cannot be exported: {result.reason}")

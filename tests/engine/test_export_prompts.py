@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from bivec import Encoder
 from bivec.engine.export import export
@@ -83,9 +93,10 @@ FAMILIES = {
 def family_folder(make_checkpoint, tmp_path):
     """Makes a checkpoint with a family's tokenizer, and the chat template that instruction-tuned models have."""
 
-    def make(family: str) -> Path:
+    def make(family: str, *added: AddedToken) -> Path:
         architecture, tokenizer_class, make_tokenizer, bos, eos = FAMILIES[family]
         tokenizer = make_tokenizer()
+        tokenizer.add_tokens(list(added))
         if family.startswith("qwen"):
             tokenizer.normalizer = normalizers.NFC()
         folder = make_checkpoint(tmp_path / "model", architecture, vocab_size=tokenizer.get_vocab_size())
@@ -132,6 +143,25 @@ def test_without_prompts_every_pooling_is_the_same(family_folder, peer, tmp_path
     assert np.abs(peer(tmp_path / "out").encode(TEXTS) - exported.encode(TEXTS)).max() < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_the_readers_own_is_masked_too(family_folder, peer, tmp_path, family):
+    folder = family_folder(family)
+    export(folder, tmp_path / "out", dtype="float32")
+    expected = Encoder.from_pretrained(folder, dtype="float32").encode(TEXTS, prompt="find: ")
+    assert np.abs(peer(tmp_path / "out").encode(TEXTS, prompt="find: ") - expected).max() < 1e-5
+
+
+def test_tokens_that_were_added_are_exported(family_folder, peer, tmp_path):
+    """Those that are found in texts too, as Qwen's `<tool_call>`."""
+    folder = family_folder("qwen-2", AddedToken("<tool_call>", normalized=False))
+    texts = ["x <tool_call> y", "<tool_call>", "tool call"]
+    export(folder, tmp_path / "out", dtype="float32")
+    source, exported = (Encoder.from_pretrained(path, dtype="float32") for path in (folder, tmp_path / "out"))
+    assert len(source.encode(texts[1], output_value="token_embeddings")) == 1
+    assert np.array_equal(exported.encode(texts), source.encode(texts))
+    assert np.abs(peer(tmp_path / "out").encode(texts) - source.encode(texts)).max() < 1e-5
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_runs_instruction_is_the_peers_prompt(family_folder, peer, tmp_path, symmetric):
     folder = family_folder("llama-3")
@@ -158,8 +188,9 @@ def test_a_prompt_that_would_be_masked_otherwise_is_refused(family_folder, peer,
         export(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     export(folder, tmp_path / "out", pooling="last", dtype="float32")  # which leaves nothing out
-    expected = Encoder.from_pretrained(folder, pooling="last", dtype="float32").encode(TEXTS, prompt=prompt)
-    assert np.abs(peer(tmp_path / "out").encode(TEXTS, prompt_name="it") - expected).max() < 1e-5
+    texts = [*TEXTS, "\n"]  # whose only token begins in the first prompt
+    expected = Encoder.from_pretrained(folder, pooling="last", dtype="float32").encode(texts, prompt=prompt)
+    assert np.abs(peer(tmp_path / "out").encode(texts, prompt_name="it") - expected).max() < 1e-5
 
 
 def test_a_passage_prompt_is_the_peers_for_documents(family_folder, peer, tmp_path):
