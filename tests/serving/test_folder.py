@@ -133,14 +133,15 @@ def test_a_shard_whose_record_is_none_is_done_again(embed, tmp_path):
     path = tmp_path / "out" / "_shards" / "00001.json"
     record = json.loads(path.read_text())
     assert (record["num_written"], len(record["bad_rows"])) == (9, 1)
-    malformed = [{name: value} for name in record for value in (None, "x", -1, [1], {"a": 1}, [[1, 2, 3, 4, 5]])]
+    values = (None, "x", -1, [1], {"a": 1}, [[1, 2, 3, 4, 5]])
+    malformed = [{name: value} for name in record if name != "num_tokens" for value in values]
     texts = ["", "3", "null", "[]", "{}", "[" * 10**5, "\udcff", json.dumps(record | {"more": 1})]
     for text in [*texts, *(json.dumps(record | changes) for changes in malformed)]:
         path.write_text(text, errors="surrogateescape")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             summary = embed(resume=True)
-        assert (summary.num_read, summary.num_written) == (10, 9) or json.loads(text)["num_tokens"] != 27, text
+        assert (summary.num_read, summary.num_written) == (10, 9), text
         assert contents(tmp_path) == before
 
 

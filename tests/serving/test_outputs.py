@@ -4,7 +4,6 @@ Every file that was there before, and that an earlier run did not write, is ther
 """
 
 import errno
-import io
 import json
 import os
 import re
@@ -53,205 +52,85 @@ def make_input(folder: Path) -> None:
     (folder / "in" / "a.jsonl").write_text("".join(lines))
 
 
-def foreign_parquet(path: Path, like: Path | None = None) -> None:
-    """Vectors of somebody else, or ours with a column that somebody has added, which keeps our provenance."""
-    if like is None:
-        pq.write_table(pa.table({"id": ["a"], "embedding": [[1.0]]}), path)
-    else:
-        table = pq.read_table(like)
-        pq.write_table(table.append_column("label", pa.array(range(len(table)))), path)
+def write(path: Path, text: str = "precious") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-def foreign_folder(folder: Path) -> None:
-    (folder / "_shards").mkdir(parents=True)
-    foreign_parquet(folder / "part-00000.parquet")
+def link(path: Path, target: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
 
 
-# what stands at the output before, by name: each takes the folder and `embed`, and gives the output's name
-def foreign_file(folder, embed):
-    foreign_parquet(folder / "out.parquet")
-    return "out.parquet"
+def pipe(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
 
 
-def own_file_with_a_column_added(folder, embed):
-    embed(folder, "out.parquet")
-    foreign_parquet(folder / "out.parquet", like=folder / "out.parquet")
-    return "out.parquet"
+def foreign_parquet(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": ["a"], "embedding": [[1.0]]}), path)
 
 
-def empty_file(folder, embed):
-    (folder / "out.parquet").touch()
-    return "out.parquet"
+def with_a_column_added(path: Path) -> None:
+    """What somebody has made of ours; it keeps our provenance."""
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("label", pa.array(range(len(table)))), path)
 
 
-def foreign_errors_beside_a_file(folder, embed):
-    (folder / "out.parquet.errors.jsonl").write_text(json.dumps(FOREIGN) + "\n")
-    return "out.parquet"
-
-
-def foreign_errors_beside_a_folder(folder, embed):
-    (folder / "out.errors.jsonl").write_text(json.dumps(FOREIGN) + "\n")
-    return "out"
-
-
-def empty_errors_beside_a_folder(folder, embed):
-    (folder / "out.errors.jsonl").touch()
-    return "out"
-
-
-def link_to_a_file(folder, embed):
-    (folder / "precious.parquet").write_text("precious")
-    (folder / "out.parquet").symlink_to("precious.parquet")
-    return "out.parquet"
-
-
-def link_to_an_own_file(folder, embed):
-    embed(folder, "precious.parquet")
-    (folder / "out.parquet").symlink_to("precious.parquet")
-    return "out.parquet"
-
-
-def link_to_nothing(folder, embed):
-    (folder / "out.parquet").symlink_to("nothing")
-    return "out.parquet"
-
-
-def link_to_nothing_for_a_folder(folder, embed):
-    (folder / "out").symlink_to("nothing")
-    return "out"
-
-
-def link_as_a_temporary_file(folder, embed):
-    (folder / "precious").write_text("precious")
-    (folder / ".out.parquet.partial").symlink_to("precious")
-    return "out.parquet"
-
-
-def link_as_the_errors_temporary_file(folder, embed):
-    (folder / "precious").write_text("precious")
-    (folder / ".out.parquet.errors.jsonl.partial").symlink_to("precious")
-    return "out.parquet"
-
-
-def pipe_as_a_temporary_file(folder, embed):
-    os.mkfifo(folder / ".out.parquet.partial")
-    return "out.parquet"
-
-
-def link_as_the_lock(folder, embed):
-    (folder / "precious").write_text("precious")
-    (folder / "out" / "_shards").mkdir(parents=True)
-    (folder / "out" / "_shards" / "lock").symlink_to(folder / "precious")
-    return "out"
-
-
-def pipe_as_the_lock(folder, embed):
-    (folder / "out" / "_shards").mkdir(parents=True)
-    os.mkfifo(folder / "out" / "_shards" / "lock")
-    return "out"
-
-
-def link_to_a_folder_of_shards(folder, embed):
-    (folder / "precious").mkdir()
-    (folder / "precious" / "00000.json").write_text("precious")
-    (folder / "out").mkdir()
-    (folder / "out" / "_shards").symlink_to(folder / "precious")
-    return "out"
-
-
-def foreign_parts(folder, embed):
-    foreign_folder(folder / "out")
-    return "out"
-
-
-def foreign_records(folder, embed):
-    (folder / "out" / "_shards").mkdir(parents=True)
-    for number in range(3):
-        (folder / "out" / "_shards" / f"{number:05d}.json").write_text('{"num_rows": 10}')
-    return "out"
-
-
-def foreign_manifest(folder, embed):
-    (folder / "out").mkdir()
-    (folder / "out" / "_manifest.json").write_text('{"name": "my web page"}')
-    return "out"
-
-
-def foreign_file_in_an_own_folder(folder, embed):
-    embed(folder, "out")
-    (folder / "out" / "_shards" / "thesis.tex").write_text("dear")
-    return "out"
-
-
-def foreign_part_in_an_own_folder(folder, embed):
-    embed(folder, "out")
-    foreign_parquet(folder / "out" / "part-00007.parquet")
-    return "out"
-
-
-def the_input(folder, embed):
-    return "in/a.jsonl/"
-
-
-def the_input_folder(folder, embed):
-    return "in"
-
-
-def in_the_input_folder(folder, embed):
-    return "in/out"
-
-
-def own_file(folder, embed):
-    embed(folder, "out.parquet")
-    return "out.parquet"
-
-
-def own_folder(folder, embed):
-    embed(folder, "out")
-    return "out"
-
-
-def half_an_own_folder(folder, embed):
-    embed(folder, "out")
-    for name in ("part-00001.parquet", "_shards/00002.json"):
-        (folder / "out" / name).unlink()
-    (folder / "out.errors.jsonl").unlink()
-    return "out"
-
-
-def own_file_at_a_folders_errors(folder, embed):
-    embed(folder, "out.errors.jsonl/")
-    return "out"
-
-
-REFUSED = [
-    foreign_file,
-    own_file_with_a_column_added,
-    empty_file,
-    foreign_errors_beside_a_file,
-    foreign_errors_beside_a_folder,
-    empty_errors_beside_a_folder,
-    link_to_a_file,
-    link_to_an_own_file,
-    link_to_nothing,
-    link_to_nothing_for_a_folder,
-    link_as_a_temporary_file,
-    link_as_the_errors_temporary_file,
-    pipe_as_a_temporary_file,
-    link_as_the_lock,
-    pipe_as_the_lock,
-    link_to_a_folder_of_shards,
-    foreign_parts,
-    foreign_records,
-    foreign_manifest,
-    foreign_file_in_an_own_folder,
-    foreign_part_in_an_own_folder,
-    the_input,
-    the_input_folder,
-    in_the_input_folder,
-    own_file_at_a_folders_errors,
-]
-OWN = [own_file, own_folder, half_an_own_folder]
+# the output, and what is done before, with `precious` and `precious.parquet` beside it
+REFUSED = {
+    "a foreign file": ("out.parquet", lambda f, embed: foreign_parquet(f / "out.parquet")),
+    "an own file with a column added": (
+        "out.parquet",
+        lambda f, embed: (embed(f, "out.parquet"), with_a_column_added(f / "out.parquet")),
+    ),
+    "an empty file": ("out.parquet", lambda f, embed: write(f / "out.parquet", "")),
+    "foreign errors of a file": (
+        "out.parquet",
+        lambda f, embed: write(f / "out.parquet.errors.jsonl", json.dumps(FOREIGN)),
+    ),
+    "foreign errors of a folder": ("out", lambda f, embed: write(f / "out.errors.jsonl", json.dumps(FOREIGN))),
+    "empty errors of a folder": ("out", lambda f, embed: write(f / "out.errors.jsonl", "")),
+    "foreign errors of an own folder": (
+        "out",
+        lambda f, embed: (embed(f, "out"), write(f / "out.errors.jsonl", json.dumps(FOREIGN))),
+    ),
+    "an own folder where errors go": ("out", lambda f, embed: embed(f, "out.errors.jsonl/")),
+    "a link to a file": ("out.parquet", lambda f, embed: link(f / "out.parquet", "precious.parquet")),
+    "a link to an own file": (
+        "out.parquet",
+        lambda f, embed: (embed(f, "own.parquet"), link(f / "out.parquet", "own.parquet")),
+    ),
+    "a link to nothing": ("out.parquet", lambda f, embed: link(f / "out.parquet", "nothing")),
+    "a folder's link to nothing": ("out", lambda f, embed: link(f / "out", "nothing")),
+    "a link as the partial file": ("out.parquet", lambda f, embed: link(f / ".out.parquet.partial", "precious")),
+    "a link as the partial errors": (
+        "out.parquet",
+        lambda f, embed: link(f / ".out.parquet.errors.jsonl.partial", "precious"),
+    ),
+    "a pipe as the partial file": ("out.parquet", lambda f, embed: pipe(f / ".out.parquet.partial")),
+    "a link as the lock": ("out", lambda f, embed: link(f / "out" / "_shards" / "lock", "../../precious")),
+    "a pipe as the lock": ("out", lambda f, embed: pipe(f / "out" / "_shards" / "lock")),
+    "a link to a folder of records": (
+        "out",
+        lambda f, embed: (write(f / "other" / "00000.json"), link(f / "out" / "_shards", "../other")),
+    ),
+    "foreign parts": ("out", lambda f, embed: foreign_parquet(f / "out" / "part-00000.parquet")),
+    "foreign records": ("out", lambda f, embed: write(f / "out" / "_shards" / "00001.json", "{}")),
+    "a foreign manifest": ("out", lambda f, embed: write(f / "out" / "_manifest.json", '{"name": "my web page"}')),
+    "a foreign file in an own folder": (
+        "out",
+        lambda f, embed: (embed(f, "out"), write(f / "out" / "_shards" / "thesis.tex")),
+    ),
+    "a foreign part in an own folder": (
+        "out",
+        lambda f, embed: (embed(f, "out"), foreign_parquet(f / "out" / "part-00007.parquet")),
+    ),
+    "an input": ("in/a.jsonl/", lambda f, embed: None),
+    "the input folder": ("in", lambda f, embed: None),
+    "within the input folder": ("in/out", lambda f, embed: None),
+}
 
 
 def surroundings(folder: Path) -> dict[str, object]:
@@ -269,32 +148,63 @@ def surroundings(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("place", REFUSED, ids=lambda place: place.__name__)
+@pytest.mark.parametrize("place", REFUSED)
 def test_what_bivec_did_not_write_is_refused_before_the_model_loads(embed, tmp_path, place):
     """At once, with each option, and nothing is left behind either."""
 
     def not_loaded(_):
         raise AssertionError("the model must not be loaded")
 
+    output, make = REFUSED[place]
     make_input(tmp_path)
-    output = place(tmp_path, embed)
-    inputs = [str(tmp_path / "in")]
+    for name in ("precious", "precious.parquet"):
+        write(tmp_path / name)
+    make(tmp_path, embed)
     before = surroundings(tmp_path)
-    for option in ({}, {"overwrite": True}, {"resume": True}, {"shard": "0/2"}):
-        if output.endswith(".parquet") and not option.keys() <= {"overwrite"}:
-            continue
+    options = [{}, {"overwrite": True}, {"resume": True}, {"shard": "0/2"}]
+    for option in options[:2] if output.endswith(".parquet") else options:
         with pytest.raises((FileExistsError, ValueError)) as caught:
-            embed(tmp_path, output, load=not_loaded, inputs=inputs, **option)
+            embed(tmp_path, output, load=not_loaded, inputs=[str(tmp_path / "in")], **option)
         assert str(tmp_path) in str(caught.value)
         assert surroundings(tmp_path) == before
 
 
-def embed_with_full_disk(embed, monkeypatch, folder, output, **options):
+@pytest.fixture
+def run_with_fault(embed, stub, exit_code, monkeypatch):
+    """run_with_fault(fault, folder, output, **options): embeds until the fault ends it, which is asserted."""
+
+    def no_model(_):
+        raise OSError("no such model")
+
+    def run_with_fault(fault, folder, output, **options):
+        if fault is None:
+            embed(folder, output, **options)
+        elif isinstance(fault, signal.Signals):
+            status = exit_code(lambda: embed_with_signal(embed, stub.StubEncoder(), fault, folder, output, **options))
+            assert status == (-fault if fault == signal.SIGKILL else 128 + fault)
+        elif fault == "bad row":
+            with pytest.raises(RowError):
+                embed(folder, output, **options, on_error="fail")
+        elif fault == "missing column":
+            with pytest.raises(ValueError, match=r'no column \'title\'|text_column was "text", is "title"'):
+                embed(folder, output, **options, text_column="title")
+        elif fault == "missing model":
+            with pytest.raises(OSError, match="no such model"):
+                embed(folder, output, **options, load=no_model)
+        elif fault == "full disk":
+            with monkeypatch.context() as patch:
+                patch.setattr(outputs, "open_locked", on_full_disk(outputs.open_locked))
+                with pytest.raises(OSError, match="No space left"):
+                    embed(folder, output, **options)
+
+    return run_with_fault
+
+
+def on_full_disk(open_locked):
+    """`open_locked` of files for which there is no more room after some bytes, wherever they are written."""
     num_bytes = [0]
 
     class FullDisk:
-        """A file for which there is no more room after some bytes, wherever they are written."""
-
         def __init__(self, handle):
             self._handle = handle
 
@@ -307,15 +217,11 @@ def embed_with_full_disk(embed, monkeypatch, folder, output, **options):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self._handle.write(data)
 
-    real = outputs.open_locked
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "open_locked", lambda path, **named: FullDisk(real(path, **named)))
-        with pytest.raises(OSError, match="No space left"):
-            embed(folder, output, **options)
+    return lambda path, **options: FullDisk(open_locked(path, **options))
 
 
-def embed_with_signal(embed, stub, exit_code, number, folder, output, **options):
-    encoder = stub.StubEncoder()
+def embed_with_signal(embed, encoder, number, folder, output, **options):
+    """As the command does, and the signal comes with the second call of the encoder."""
     encode, calls = encoder.encode_tokenized, []
 
     def encode_tokenized(*arguments, **named):
@@ -324,79 +230,52 @@ def embed_with_signal(embed, stub, exit_code, number, folder, output, **options)
             os.kill(os.getpid(), number)
         return encode(*arguments, **named)
 
-    def action():
-        with cli_shared.one_line_errors():
-            embed(folder, output, encoder=encoder, **options)
-
     encoder.encode_tokenized = encode_tokenized
-    return exit_code(action)
+    with cli_shared.one_line_errors():
+        embed(folder, output, encoder=encoder, **options)
 
 
-@pytest.mark.parametrize("place", OWN, ids=lambda place: place.__name__)
-def test_a_run_that_fails_leaves_what_it_did_not_write(embed, stub, exit_code, tmp_path, monkeypatch, place):
-    """Each fault with each option; of a file all is left, of a folder what is not the job's."""
-
-    def no_model(_):
-        raise OSError("no such model")
-
-    def bad_row(folder, output, **options):
-        with pytest.raises(RowError):
-            embed(folder, output, **options, on_error="fail")
-
-    def missing_column(folder, output, **options):
-        with pytest.raises(ValueError, match="no column 'title'"):
-            embed(folder, output, **options, text_column="title")
-
-    def missing_model(folder, output, **options):
-        with pytest.raises(OSError, match="no such model"):
-            embed(folder, output, **options, load=no_model)
-
-    def full_disk(folder, output, **options):
-        embed_with_full_disk(embed, monkeypatch, folder, output, **options)
-
-    def terminated(folder, output, **options):
-        assert embed_with_signal(embed, stub, exit_code, signal.SIGTERM, folder, output, **options) == 143
-
-    def hung_up(folder, output, **options):
-        assert embed_with_signal(embed, stub, exit_code, signal.SIGHUP, folder, output, **options) == 129
-
-    def killed(folder, output, **options):
-        assert embed_with_signal(embed, stub, exit_code, signal.SIGKILL, folder, output, **options) == -signal.SIGKILL
-
-    def succeeded(folder, output, **options):
-        embed(folder, output, **options)
-
-    faults = [bad_row, missing_column, missing_model, full_disk, terminated, hung_up, killed, succeeded]
-    options = [{"overwrite": True}, {"resume": True}] if place is half_an_own_folder else [{"overwrite": True}]
-    for fault in faults:
-        for option in options:
-            folder = tmp_path / f"{fault.__name__} {'-'.join(option)}"
-            make_input(folder)
-            output = place(folder, embed)
-            for name in ("precious.parquet", "out.txt", ".out.errors.jsonl", "errors.jsonl"):
-                (folder / name).write_text("precious")
-            (folder / "in" / "link").symlink_to(folder / "precious.parquet")
-            before = surroundings(folder)
-            monkeypatch.setattr(sys, "stderr", io.StringIO())
-            if fault is missing_column and option == {"resume": True}:
-                with pytest.raises(ValueError, match='text_column was "text", is "title"'):
-                    missing_column_resumed(embed, folder, output)
-            else:
-                fault(folder, output, **option)
-            after = surroundings(folder)
-            own = re.compile(rf"{output}(\.errors\.jsonl|/.*)?")
-            failed_early = fault in (missing_column, missing_model)
-            for name, content in before.items():
-                is_kept = not own.fullmatch(name) or failed_early or (place is own_file and fault is not succeeded)
-                assert not is_kept or after[name] == content, (fault, option, name)
-            left = {name for name in after if name not in before and not own.fullmatch(name)}
-            partial = {".out.parquet.partial", ".out.parquet.errors.jsonl.partial"}
-            assert left == (partial if fault is killed and place is own_file else set()), (fault, option)
-            assert place is own_file or not any(".partial" in name for name in after) or fault is killed
+FAULTS = ["bad row", "missing column", "missing model", "full disk"]
+FAULTS += [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, None]
 
 
-def missing_column_resumed(embed, folder, output):
-    embed(folder, output, resume=True, text_column="title")
+def half_an_own_folder(folder, embed):
+    embed(folder, "out")
+    for name in ("out/part-00001.parquet", "out/_shards/00002.json", "out.errors.jsonl"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize(
+    ("output", "make", "option"),
+    [
+        ("out.parquet", lambda f, embed: None, {}),
+        ("out.parquet", lambda f, embed: embed(f, "out.parquet"), {"overwrite": True}),
+        ("out", lambda f, embed: None, {}),
+        ("out", lambda f, embed: embed(f, "out"), {"overwrite": True}),
+        ("out", half_an_own_folder, {"overwrite": True}),
+        ("out", half_an_own_folder, {"resume": True}),
+    ],
+)
+def test_a_run_leaves_what_it_did_not_write(embed, run_with_fault, tmp_path, output, make, option, fault):
+    """Wherever it ends; and of a file that was to be overwritten all is left, unless the run succeeds."""
+    make_input(tmp_path)
+    make(tmp_path, embed)
+    for name in ("precious.parquet", "out.txt", "errors.jsonl", ".errors.jsonl.partial", "out.parquet.bak"):
+        write(tmp_path / name)
+    link(tmp_path / "in" / "link", "../precious.parquet")
+    before = surroundings(tmp_path)
+    run_with_fault(fault, tmp_path, output, **option)
+    after = surroundings(tmp_path)
+    own = re.compile(rf"{output}(\.errors\.jsonl|/.*)?")
+    at_once = fault in ("missing column", "missing model")
+    kept_whole = at_once or (output == "out.parquet" and fault is not None)
+    for name, content in before.items():
+        assert after.get(name) == content or (own.fullmatch(name) and not kept_whole), name
+    left = {name for name in after if not own.fullmatch(name)} - before.keys()
+    killed = {".out.parquet.partial", ".out.parquet.errors.jsonl.partial"} if output == "out.parquet" else set()
+    assert left == (killed if fault == signal.SIGKILL else set())
+    assert fault == signal.SIGKILL or not [name for name in after.keys() - before.keys() if name.endswith(".partial")]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.errors.jsonl", "out.errors.jsonl"])

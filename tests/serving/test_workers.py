@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,8 @@ def test_a_worker_that_is_slow_is_left_alone(monkeypatch):
 def test_a_terminal_that_closes_reaches_the_workers_too(start, texts, tmp_path):
     """They go on until the parent ends them, and so remove what is not done."""
     process = start(texts, "--output", tmp_path / "out", "--workers", 2, pause_at=2)
+    while not list((tmp_path / "out").rglob("*.parquet.partial")):
+        time.sleep(0.01)
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGHUP)
     process.send_signal(signal.SIGHUP)

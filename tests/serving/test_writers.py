@@ -120,6 +120,15 @@ def test_a_place_that_is_not_writable_is_found_out_at_once():
         OutputFile("/proc/self/out.parquet")
 
 
+def test_an_errors_file_that_somebody_else_put_there_outlives_a_run_that_fails(tmp_path):
+    with OutputFile(tmp_path / "out.parquet") as output:
+        output.begin(3, "float32", {})
+        output.fail(BadRow("a.txt", 1, "x"))
+        (tmp_path / ".out.parquet.errors.jsonl.partial").unlink()
+        (tmp_path / "out.parquet.errors.jsonl").write_text("precious")
+    assert os.listdir(tmp_path) == ["out.parquet.errors.jsonl"]
+
+
 def test_a_second_run_on_the_same_output_is_refused(tmp_path):
     name = "out.parquet"
     with OutputFile(tmp_path / name) as first:
