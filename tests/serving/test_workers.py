@@ -89,7 +89,7 @@ def test_a_worker_that_is_slow_is_left_alone(monkeypatch):
 def test_a_terminal_that_closes_reaches_the_workers_too(start, texts, tmp_path):
     """They go on until the parent ends them, and so remove what is not done."""
     process = start(texts, "--output", tmp_path / "out", "--workers", 2, pause_at=2)
-    while not list((tmp_path / "out").rglob("*.parquet.partial")):
+    while process.poll() is None and not list((tmp_path / "out").rglob("*.parquet.partial")):
         time.sleep(0.01)
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGHUP)
