@@ -17,7 +17,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from ..engine.outputs import refuse_inputs
+from ..engine.outputs import naming, refuse_inputs
 from ..texts.files import find_files
 from ..texts.rows import BadRow, InputFile
 from . import manifest
@@ -105,7 +105,8 @@ def run(
     files = find_files(settings.inputs)
     _refuse_inputs(settings, files)
     job = _embed_into_file if Path(settings.output).suffix == ".parquet" else _embed_into_folder
-    return job(settings, files, load, before_loading)
+    with naming(Path(settings.output)):
+        return job(settings, files, load, before_loading)
 
 
 def _refuse_inputs(settings: EmbedSettings, files: Sequence[InputFile]) -> None:

@@ -88,7 +88,7 @@ def train(settings: TrainingSettings) -> TrainingSummary:
     model = resolve(settings.model)
     refuse_inputs(output, _inputs(settings, model))
     # the lock is one process's; the others look at the folder once it is held
-    with hold(output) if accelerator.is_main_process else nullcontext():
+    with naming(output), hold(output) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         check_output(output, settings)
         saved = find_checkpoint(output, settings)
@@ -174,8 +174,7 @@ class _Run:
                 if stop:
                     raise SystemExit(143)
         if main:
-            with naming(self.output):
-                self.trainee.save(self.output, self._description())
+            self.trainee.save(self.output, self._description())
         if self.processes.group is not None:
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
