@@ -1,5 +1,6 @@
 """An exported folder gives the same vectors in sentence-transformers: every family of tokenizers, with prompts too."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -18,10 +19,13 @@ from tokenizers import (
     processors,
     trainers,
 )
+from transformers import PreTrainedTokenizerFast
 
 from bivec import Encoder
 from bivec.engine.export import export
+from bivec.engine.export_tokenizer import check_tokenizer, write_tokenizer
 from bivec.engine.run_folder import RunDescription
+from bivec.engine.tokens import TextTokenizer, load_tokenizer
 
 WORDS = "the quick brown fox jumps over a lazy dog: find what answers it. (see p. 7) 北京 naïve café München:\n\n"
 TEXTS = [
@@ -239,3 +243,14 @@ def test_a_real_model(shared_data, peer, tmp_path):
     for name in PROMPTS:
         expected = source.encode(TEXTS, prompt_name=name)
         assert np.abs(theirs.encode(TEXTS, prompt_name=name) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-v1", "open_llama_3b"])
+def test_real_vocabularies(shared_data, tmp_path, name):
+    with gzip.open(shared_data / "tokenizers" / f"{name}.tokenizer.json.gz", "rt", encoding="utf-8") as stream:
+        backend = Tokenizer.from_str(stream.read())
+    real = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    size = backend.get_vocab_size()
+    write_tokenizer(real, tmp_path, prompts=PROMPTS.values(), max_length=512, vocab_size=size)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    check_tokenizer(TextTokenizer(real, 512), load_tokenizer(tmp_path, size), PROMPTS, counted=True)

@@ -2,6 +2,8 @@
 
 import functools
 import gzip
+import json
+import shutil
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivec.engine import tokens
-from bivec.engine.tokens import Rejected, TextTokenizer, load_tokenizer
+from bivec.engine.tokens import Rejected, TextTokenizer, copy_tokenizer, load_tokenizer
 
 WORDS = [
     "the",
@@ -139,6 +141,22 @@ def test_a_prompt_has_as_many_tokens_before_every_text(byte_level):
     assert {text.pool_start for text in found} == {len(alone.ids)}
     assert len({tuple(text.ids[: len(alone.ids)]) for text in found}) == 1
     assert isinstance(tokenizer([""], ["find: "])[0], Rejected)
+
+
+def test_a_tokenizer_is_copied_with_all_its_files(make_checkpoint, tmp_path):
+    """One of vocab.json and merges.txt, as full fine-tuning puts it beside its weights."""
+    source, target = make_checkpoint(tmp_path / "source", "qwen2"), tmp_path / "target"
+    texts, prompts = ["the quick brown fox", "naïve 7"], ["find: ", ""]
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    (source / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (source / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (source / "tokenizer.json").unlink()
+    target.mkdir()
+    shutil.copyfile(source / "config.json", target / "config.json")
+    copy_tokenizer(source, target)
+    expected, found = (TextTokenizer(load_tokenizer(folder, 1000), 64)(texts, prompts) for folder in (source, target))
+    assert found == expected
+    assert all(len(text.ids) > 2 for text in found)
 
 
 def test_many_texts_are_tokenised_as_one_is(tiny_llama_folder):
