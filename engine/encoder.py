@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .description import describe, identity
 from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
-from .prompts import as_prompt, document_prompt, model_prompts
+from .prompts import document_prompt, model_prompts, texts_and_prompts
 from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
@@ -116,18 +116,22 @@ class Encoder:
             max_length = own_max_length(checkpoint.tokenizer)
         max_length = min(max_length, config.max_position_embeddings)
         tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
-        llama = load_merged(checkpoint, config, chosen_dtype)
-        llama.to(chosen_device).eval()
         run = checkpoint.run
-        return cls(
-            llama,
-            tokenizer,
-            checkpoint,
-            pooling=pooling or (run.pooling if run else "mean"),
-            backend=backend,
-            window=window or (run.window if run else BIDIRECTIONAL),
-            asked_dtype=dtype,
-        )
+        # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
+        with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
+            llama = load_merged(checkpoint, config, chosen_dtype).to(chosen_device).eval()
+            return cls(
+                llama,
+                tokenizer,
+                checkpoint,
+                pooling=pooling or (run.pooling if run else "mean"),
+                backend=backend,
+                window=window or (run.window if run else BIDIRECTIONAL),
+                asked_dtype=dtype,
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Encoder cannot be pickled or copied: call Encoder.from_pretrained in each process")
 
     @property
     def device(self) -> torch.device:
@@ -161,14 +165,16 @@ class Encoder:
         precision: Precision = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
     ) -> Any:
         """Embed texts; arguments as in sentence-transformers.
 
         Args:
-            sentences: texts; one `str` gives one vector; `[[instruction, text], ...]` as in LLM2Vec, where a space
-                joins the two unless the instruction ends with white space.
+            sentences: texts, in a list, an array or another iterable; one `str` gives one vector;
+                `[[instruction, text], ...]` as in LLM2Vec, where a space joins the two unless the instruction ends with
+                white space.
             prompt: put before each text as given; its tokens attend and are not pooled. A space that ends it counts as
                 the text's. Default: the prompt that `self.default_prompt_name` names, if any.
             prompt_name: a key of `self.prompts`, instead of `prompt`.
@@ -178,16 +184,17 @@ class Encoder:
             precision: `float16` rounds; `int8` scales each vector by 127 / its largest magnitude, which keeps cosines
                 and depends on no other text.
             convert_to_tensor: a torch tensor on the encoder's device instead of numpy.
+            device: None or the encoder's own; it does not move.
             truncate_dim: keep the leading dimensions, before normalisation.
         Returns:
             `(N, dim)`, or `(dim,)` for one `str`.
         Raises:
-            ValueError: a text that cannot be embedded, with its place and the reason.
+            ValueError: a text that cannot be embedded, with its place and the reason; a wrong argument.
+            RuntimeError: in a fork of a process that computes with several cores.
         """
         single = isinstance(sentences, str)
-        texts, prompts = self._texts_and_prompts(
-            [sentences] if isinstance(sentences, str) else sentences, prompt_name, prompt
-        )
+        texts, prompts = texts_and_prompts([sentences] if single else sentences, self._prompt(prompt_name, prompt))
+        self._check_device(device)
         if output_value == "token_embeddings":
             embeddings = self._token_embeddings(texts, prompts, convert_to_numpy and not convert_to_tensor)
             return embeddings[0] if single else embeddings
@@ -337,29 +344,21 @@ class Encoder:
         """All that a vector's bits depend on but its text and the arguments of `encode`; every file is read once."""
         return identity(self)
 
-    def _texts_and_prompts(
-        self, sentences: Sequence, prompt_name: str | None, prompt: str | None
-    ) -> tuple[list[str], list[str]]:
+    def _prompt(self, prompt_name: str | None, prompt: str | None) -> str:
         if prompt is not None and prompt_name is not None:
             raise ValueError("prompt and prompt_name must not both be given")
         if prompt_name is not None and prompt_name not in self.prompts:
             raise ValueError(f"prompt_name must be one of {sorted(self.prompts)}, got {prompt_name!r}")
-        if prompt is None:
-            prompt = self.prompts.get(prompt_name or self.default_prompt_name or "", "")
-        texts, prompts = [], []
-        for place, sentence in enumerate(sentences):
-            if isinstance(sentence, str):
-                texts.append(sentence)
-                prompts.append(prompt)
-            elif (
-                isinstance(sentence, list | tuple) and len(sentence) == 2 and all(isinstance(s, str) for s in sentence)
-            ):
-                instruction, text = sentence
-                texts.append(text)
-                prompts.append(as_prompt(instruction))
-            else:
-                raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
-        return texts, prompts
+        return prompt if prompt is not None else self.prompts.get(prompt_name or self.default_prompt_name or "", "")
+
+    def _check_device(self, device: str | torch.device | None) -> None:
+        if device is None:
+            return
+        asked = ops.choose_device(device) if isinstance(device, str | torch.device) else None
+        if asked is None or asked.type != self.device.type or asked.index not in (None, self.device.index or 0):
+            raise ValueError(
+                f"device must be None or the encoder's own, {self.device}, got {device!r}: load another one"
+            )
 
     def _token_embeddings(self, texts: Sequence[str], prompts: Sequence[str], as_numpy: bool) -> list:
         """Final hidden states `(tokens, dim)` of each text, prompt and special tokens included, float32."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.attention.padded import varlen_attention as padded_attention
 from .config import Window
+from .cores import check_cores
 from .packing import PackedBatch
 
 ATTENTION_BACKENDS = ("triton", "flash", "sdpa")
@@ -43,18 +44,21 @@ def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, hea
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    message = f"device must be auto, cpu or cuda[:N], got {str(device)!r}"
+    """`auto` is the first CUDA device, else the CPU, whose threads are checked."""
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    wrong = f"device must be auto, cpu or cuda[:N], got {str(device)!r}"
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(message) from error
+        raise ValueError(wrong) from error
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(message)
+        raise ValueError(wrong)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
+    if chosen.type == "cpu":
+        check_cores()
     return chosen
 
 

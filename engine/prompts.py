@@ -4,7 +4,10 @@ An *instruction* (of training, of `bivec embed`, of LLM2Vec's pairs, of a run) i
 *prompt* (of `encode`, of sentence-transformers' configuration) is put before a text as it is.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from .checkpoints import Checkpoint
 from .json_files import read_object
@@ -45,6 +48,32 @@ def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     if default is not None and (not isinstance(default, str) or default not in prompts):
         raise ValueError(f"{path}: default_prompt_name must be one of {sorted(prompts)}, got {default!r:.80}")
     return prompts, default
+
+
+def texts_and_prompts(sentences: Iterable, prompt: str) -> tuple[list[str], list[str]]:
+    """Texts and what stands before each: `prompt`, or the instruction of a pair `[instruction, text]`.
+
+    Raises:
+        ValueError: texts of another kind; what is iterated by its keys or columns is refused.
+    """
+    rows = sentences.tolist() if isinstance(sentences, np.ndarray) else sentences
+    keyed = isinstance(rows, Mapping) or hasattr(rows, "columns")
+    if keyed or isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+        raise ValueError(
+            f"sentences must be a str or a sequence of str or [instruction, text], got {type(sentences).__name__}"
+        )
+    texts, prompts = [], []
+    for place, sentence in enumerate(rows):
+        if isinstance(sentence, str):
+            texts.append(sentence)
+            prompts.append(prompt)
+        elif isinstance(sentence, list | tuple) and len(sentence) == 2 and all(isinstance(s, str) for s in sentence):
+            instruction, text = sentence
+            texts.append(text)
+            prompts.append(as_prompt(instruction))
+        else:
+            raise ValueError(f"sentences[{place}] must be a str or [instruction, text], got {sentence!r:.80}")
+    return texts, prompts
 
 
 def document_prompt(prompts: dict[str, str]) -> str:

@@ -17,11 +17,11 @@ import torch
 
 from . import ops
 from .config import Window
+from .cores import check_cores, on_cores
 from .graphs import CapturedPasses, CudaCapture
 from .layers import LAYERS, FusedLayer
 from .model import LlamaModel
 from .packing import PackedBatch
-from .slabs import on_cores
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,10 @@ class Runner:
         self._layer_form = LAYERS[self.device.type]
         self.layers = [self._layer_form(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
         self._rotary_tables = model.rotary_tables
-        all_cores = torch.get_num_threads() if self.device.type == "cpu" else 1
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            check_cores(computing=True)
+        all_cores = torch.get_num_threads() if on_cpu else 1
         self.passes_at_once = min(all_cores, _PASSES_AT_ONCE)
         self.tiles = TILES[self.device.type]
         self.one_by_one = self.one_core = ""

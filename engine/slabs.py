@@ -9,12 +9,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from .cores import check_cores
 from .packing import SLAB_SEQUENCES, PackedBatch, pack
 from .tokens import Tokenized
 
@@ -48,14 +48,18 @@ class Slabs:
         """`run(slab, batch)` of packed batches that hold all texts, in any order; a slab is the texts' places.
 
         Raises:
-            RuntimeError: memory cannot hold the longest text.
+            RuntimeError: memory cannot hold the longest text, or this process is a fork that cannot compute.
         """
 
         def run_slab(slab: list[int]) -> tuple[list[int], Result]:
             chosen = [texts[place] for place in slab]
             starts = [text.pool_start for text in chosen]
-            return slab, run(slab, PackedBatch.from_sequences([text.ids for text in chosen], starts, self._device))
+            batch = PackedBatch.from_sequences([text.ids for text in chosen], starts, self._device)
+            with torch.autocast(self._device.type, enabled=False):  # the caller's, which threads of ours do not have
+                return slab, run(slab, batch)
 
+        if self._device.type == "cpu":
+            check_cores()
         left = set(range(len(texts)))
         while left:
             slabs = self._divide(texts, sorted(left))
@@ -117,19 +121,6 @@ class OnHost:
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor.numpy()
-
-
-@contextmanager
-def on_cores(cores: int) -> Iterator[None]:
-    """torch computes with so many cores in this thread."""
-    before = torch.get_num_threads()
-    if cores != before:
-        torch.set_num_threads(cores)
-    try:
-        yield
-    finally:
-        if cores != before:
-            torch.set_num_threads(before)
 
 
 def run_side_by_side(

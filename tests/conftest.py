@@ -3,10 +3,13 @@
 Without a GPU the Triton kernels are interpreted.
 """
 
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -186,6 +189,28 @@ def fork():
 def exit_code():
     """`run_in_child`, for tests that kill what they run."""
     return run_in_child
+
+
+@pytest.fixture
+def python():
+    """Runs a program in a process of its own, which may have OpenMP threads; returns what it prints, read as JSON."""
+
+    def run(program: str, *arguments: object, **variables: str) -> object:
+        path = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": path} | variables
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+    return run
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """cores(number): so many that torch says it has, in each thread; none of them computes."""
+    numbers, all_cores = threading.local(), [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: getattr(numbers, "own", all_cores[0]))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(numbers, "own", number))
+    return lambda number: (all_cores.__setitem__(0, number), setattr(numbers, "own", number))
 
 
 @pytest.fixture

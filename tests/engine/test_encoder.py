@@ -1,8 +1,10 @@
 """`Encoder.encode`: what each kind of text gives, prompts, precisions, and the names of sentence-transformers."""
 
 import json
+import pickle
 import shutil
 import threading
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import transformers
 
 from bivec import Encoder
 from bivec.engine import encoder as encoder_module
+from bivec.engine import ops
 from bivec.engine.packing import PackedBatch
 
 TEXTS = ["the quick brown fox", "北京 and München", "emoji 😀!", "a packed batch holds many sequences side by side"]
@@ -182,6 +185,69 @@ def test_output_kinds(encoder):
     assert_near(single.mean(0), array[0])
 
 
+def test_texts_come_in_any_iterable(encoder):
+    expected = encoder.encode(TEXTS)
+    for texts in (
+        tuple(TEXTS),
+        iter(TEXTS),
+        np.array(TEXTS),
+        np.array(TEXTS, dtype=object),
+        dict.fromkeys(TEXTS).keys(),
+    ):
+        assert np.array_equal(encoder.encode(texts), expected)
+    pairs = [["query", text] for text in TEXTS]
+    assert np.array_equal(encoder.encode(np.array(pairs)), encoder.encode(pairs))
+
+
+class Table(list):
+    """A data frame, as far as it matters here."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [{"text": TEXTS}, Table(["text"]), b"bytes", 7, None, np.array("text"), 1.5],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_sequence_of_texts_is_refused(encoder, sentences):
+    message = f"sentences must be a str or a sequence of str or .* got {type(sentences).__name__}"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(sentences)
+
+
+@pytest.mark.parametrize("sentences", [[b"bytes"], [7], np.array([1.5]), [["a", "b", "c"]], [None]])
+def test_what_is_no_text_is_refused_with_its_place(encoder, sentences):
+    with pytest.raises(ValueError, match=r"sentences\[0\] must be a str or \[instruction, text\], got"):
+        encoder.encode(sentences)
+
+
+def test_the_device_is_the_encoders_own(encoder):
+    expected = encoder.encode(TEXTS)
+    for device in ("cpu", torch.device("cpu"), None):
+        assert np.array_equal(encoder.encode(TEXTS, device=device), expected)
+    for device in ("gpu", "cpu:-1", "mps"):
+        with pytest.raises(ValueError, match="device must be auto, cpu or cuda"):
+            encoder.encode(TEXTS, device=device)
+    with pytest.raises(ValueError, match="device must be None or the encoder's own, cpu, got"):
+        encoder.encode(TEXTS, device=["cpu", "cpu"])
+
+
+@pytest.mark.parametrize("copy", [pickle.dumps, deepcopy])
+def test_an_encoder_is_not_pickled(encoder, copy):
+    with pytest.raises(TypeError, match=r"call Encoder.from_pretrained in each process"):
+        copy(encoder)
+
+
+def test_autocast_of_the_caller_changes_no_bit(encoder, tiny_llama_folder):
+    vectors, states = encoder.encode(TEXTS), encoder.encode(TEXTS[3], output_value="token_embeddings")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(encoder.encode(TEXTS), vectors)
+        assert np.array_equal(encoder.encode(TEXTS[3], output_value="token_embeddings"), states)
+        loaded = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", max_length=64)
+    assert np.array_equal(loaded.encode(TEXTS), vectors)
+
+
 def test_prompts_of_sentence_transformers(make_checkpoint, tmp_path):
     make_checkpoint(tmp_path)
     prompts = {"prompts": {"query": "query: ", "document": "", "passage": "p: "}, "default_prompt_name": "query"}
@@ -337,7 +403,7 @@ def test_identity_is_of_contents_not_of_names(tmp_path, make_checkpoint):
     def changed(folder=first, **arguments) -> set[str]:
         other = Encoder.from_pretrained(folder, **{"dtype": "float32", **arguments}).identity()
         assert other.keys() == found.keys()
-        return {name for name in found if other[name] != found[name]}
+        return {name for name in found if other[name] != found[name]} - {"sample"}
 
     assert changed(pooling="last") == {"pooling"}
     assert changed(max_length=16) == {"max_length"}
@@ -349,6 +415,14 @@ def test_identity_is_of_contents_not_of_names(tmp_path, make_checkpoint):
     assert changed(tmp_path / "moved") == {"tokenizer"}
     (first / "merges.txt").write_text("a b")
     assert changed(first) == {"tokenizer"}
+
+
+def test_identity_is_also_of_what_the_machine_computes(tiny_llama_folder, encoder, monkeypatch):
+    found = encoder.identity()
+    attention = ops.scaled_dot_product_attention
+    monkeypatch.setattr(ops, "scaled_dot_product_attention", lambda *arguments: attention(*arguments) * (1 + 1e-6))
+    other = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", max_length=64).identity()
+    assert {name for name in found if other[name] != found[name]} == {"sample"}
 
 
 def test_the_two_halves_of_encode_rows_are_the_whole(encoder):
