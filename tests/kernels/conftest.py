@@ -39,8 +39,12 @@ def gradients():
 
 @pytest.fixture
 def check_against_truth():
-    """Compare output and gradients with float64 on the same inputs: the error may be twice the eager version's own
-    in the same dtype plus one rounding step of the largest value."""
+    """Compare output and gradients with float64 on the same inputs.
+
+    The error may be twice the eager version's own in the same dtype plus, of the largest value, one rounding step and
+    what float32 sums over a head may lose in another order: n roundings at random make an error of sqrt(n). The eager
+    version's largest error alone is one draw, and by luck a small one on some processors.
+    """
 
     def check(function, reference, inputs, upstream, *args, **kwargs):
         computed = outputs_and_gradients(function, inputs, upstream, *args, **kwargs)
@@ -51,8 +55,9 @@ def check_against_truth():
             assert ours.isfinite().all(), name
             error, baseline = (ours.double() - exact).abs(), (theirs.double() - exact).abs()
             if exact.numel():
-                step = torch.finfo(ours.dtype).eps * exact.abs().max().item()
-                assert error.max().item() <= 2 * baseline.max().item() + step, name
+                sums = ours.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+                steps = (torch.finfo(ours.dtype).eps + sums) * exact.abs().max().item()
+                assert error.max().item() <= 2 * baseline.max().item() + steps, name
         return computed
 
     return check

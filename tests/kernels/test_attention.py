@@ -1,6 +1,7 @@
 """varlen_attention against float64: dtypes, head dimensions, groups, windows, ragged lengths, strides."""
 
 import ast
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -53,6 +54,31 @@ def test_output_and_gradients(device, dtype, head_dim, num_heads, num_kv_heads, 
     )
     for tensor in computed:
         assert not tensor[cu_seqlens[-1] :].any()
+
+
+def drop_the_last_row(q, k, v, cu_seqlens, *arguments, **options):
+    output = reference.varlen_attention(q, k, v, cu_seqlens, *arguments, **options)
+    return output.index_fill(0, cu_seqlens[-1:].long() - 1, 0)
+
+
+WRONG = {
+    "scale": partial(reference.varlen_attention, softmax_scale=1.01 * 64**-0.5),
+    "a key less": lambda *inputs, window_size: reference.varlen_attention(*inputs, window_size=(7, 6)),
+    "a row less": drop_the_last_row,
+    "queries rounded": lambda q, *inputs, **options: reference.varlen_attention(
+        q.to(torch.float8_e4m3fn if q.dtype == torch.float16 else torch.bfloat16).to(q.dtype), *inputs, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_control_a_wrong_kernel_is_noticed(dtype, wrong, check_against_truth):
+    inputs, upstream, cu_seqlens = packed(LENGTHS["cpu"], 2, 1, 64, DTYPES[dtype], "cpu")
+    arguments = (reference.varlen_attention, inputs, upstream, cu_seqlens, 65)
+    check_against_truth(reference.varlen_attention, *arguments, window_size=(7, 7))
+    with pytest.raises(AssertionError, match=r"output|d[qkv]"):
+        check_against_truth(WRONG[wrong], *arguments, window_size=(7, 7))
 
 
 def test_a_window_of_one_token_copies_the_values(device, gradients):
