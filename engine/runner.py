@@ -158,9 +158,13 @@ class Runner:
         heads_a_group = config.num_attention_heads // config.num_key_value_heads
         num_groups = min(config.num_key_value_heads, 2 if heads_a_group == 1 else 1)
         num_heads = num_groups * heads_a_group  # one alone only where the model has one
-        count = max(3, max(several, default=1) // num_heads + 2)  # so that every core has a part
-        lengths = [length for length in _LENGTHS if length <= config.max_position_embeddings]
-        heads = self._layer_form.new_heads(config, count * lengths[-1], like=self.embeddings)
+        many = max(3, max(several, default=1) // num_heads + 2)  # so that every core has a part
+        # long sequences are divided further
+        counts = {
+            length: many if length <= 64 else 3 for length in _LENGTHS if length <= config.max_position_embeddings
+        }
+        num_rows = max(count * length for length, count in counts.items())
+        heads = self._layer_form.new_heads(config, num_rows, like=self.embeddings)
         heads.copy_(torch.rand(heads.shape, generator=torch.Generator().manual_seed(0)).mul_(4).sub_(2))
 
         def attend(rows: torch.Tensor, length: int, window: Window) -> torch.Tensor:
@@ -173,7 +177,7 @@ class Runner:
 
         in_company: set[int] = set()
         on_several: set[int] = set()
-        for length in lengths:
+        for length, count in counts.items():
             rows = heads[: count * length]
             for window in {_within(length, window) for window in self.windows}:
                 with on_cores(1) if several else nullcontext():
