@@ -1,5 +1,7 @@
 """A text's embedding is bitwise the same alone, in any batch, at any place, in any order; and the test can fail."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -269,3 +271,21 @@ def test_tiles_that_disagree_are_dropped(encoder, monkeypatch):
 
     monkeypatch.setattr(CpuLayer, "finish", row_dependent)
     assert Runner(encoder.model, "sdpa").tiles == (64, 512)
+
+
+def test_a_layer_that_never_gives_the_same_twice_is_an_error(encoder, monkeypatch):
+    finish, calls = CpuLayer.finish, itertools.count()
+
+    def restless(self, hidden, attended, tiles):
+        finish(self, hidden, attended, tiles)
+        hidden += next(calls)
+
+    monkeypatch.setattr(CpuLayer, "finish", restless)
+    with pytest.raises(RuntimeError, match="self-test: a layer over 512 rows does not give the same bits twice"):
+        Runner(encoder.model, "sdpa")
+
+
+def test_a_layer_that_gives_nan_is_an_error(encoder, monkeypatch):
+    monkeypatch.setattr(encoder.model.layers[0].input_layernorm, "eps", float("nan"))
+    with pytest.raises(ValueError, match="the first layer gives NaN: its weights or numbers of the configuration"):
+        Runner(encoder.model, "sdpa")
