@@ -11,6 +11,8 @@ is written, so what a killed run left is taken over by the next one, and a secon
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from os.path import lexists
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -192,13 +194,24 @@ class OutputFile:
         """Publishes the errors file, or removes an older run's, and then, last, the Parquet file.
 
         Raises:
-            FileExistsError: as when it was made, for what somebody has put there since.
+            FileExistsError: somebody has put a file there since, which stays; the vectors are published beside it.
         """
         assert self._file is not None
         with naming(self.path):
             self._file.finish()
             self._errors.finish()
-        self._refuse_existing()
+        try:
+            self._refuse_existing()
+        except FileExistsError as error:
+            beside = (self.path.with_stem(f"{self.path.stem}-{number}") for number in count(1))
+            self.path = next(path for path in beside if not (lexists(path) or lexists(errors_path(path))))
+            self.errors_path = errors_path(self.path)
+            self._publish()
+            raise FileExistsError(f"{error}; so what was computed is in {self.path}") from error
+        self._publish()
+
+    def _publish(self) -> None:
+        assert self._file is not None
         if self._num_failed:
             self._errors.publish(self.errors_path)
         else:

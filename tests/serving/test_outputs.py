@@ -292,6 +292,9 @@ def test_what_somebody_else_writes_at_the_output_meanwhile_is_kept(embed, stub, 
         embed(tmp_path, output, encoder=Meanwhile())
     assert path.read_text() == "precious"
     assert not list(tmp_path.glob(".*"))
+    if output.endswith(".parquet"):  # what was computed is not lost; a folder keeps its shards
+        assert len(pq.read_table(tmp_path / "out-1.parquet")) == 29
+        assert len((tmp_path / "out-1.parquet.errors.jsonl").read_text().splitlines()) == 1
 
 
 def test_an_own_errors_file_needs_overwrite_too(embed, tmp_path):
