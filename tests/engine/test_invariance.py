@@ -130,12 +130,12 @@ ALONE_AND_IN_COMPANY = """
 import json, sys, numpy, torch
 from bivec import Encoder
 words = sys.argv[1].split() * 4
-texts = [" ".join(words[:length]) for length in (1, 2, 3, 4, 5, 6, 7, 9, 30)]
+texts = [" ".join(words[:length]) for length in (1, 2, 3, 4, 5, 6, 7, 9, 13, 30)]
 found, samples = [], {}
 for folder in sys.argv[2:]:
     for dtype in ("float32", "bfloat16"):
         on_one_core = None
-        for cores in (1, 2, 4) if dtype == "float32" else (1, 2):
+        for cores in (1, 2, 4):
             torch.set_num_threads(cores)
             encoder = Encoder.from_pretrained(folder, dtype=dtype, max_length=90)
             alone = numpy.stack([encoder.encode(text) for text in texts])
@@ -158,11 +158,11 @@ def test_heads_of_any_size_and_number_on_any_number_of_cores(python, make_checkp
             num_attention_heads=heads,
             num_key_value_heads=groups,
         )
-        for size, *shapes in ((8, (1, 1), (4, 2)), (16, (1, 1), (4, 2)), (24, (1, 1), (4, 1)), (64, (1, 1), (2, 2)))
+        for size, *shapes in ((8, (1, 1), (4, 4)), (16, (1, 1), (4, 2)), (24, (1, 1), (4, 1)), (64, (1, 1), (2, 2)))
         for heads, groups in shapes
     ]
     found = python(ALONE_AND_IN_COMPANY, TEXT, *folders, OMP_WAIT_POLICY="passive")  # of cores that there may not be
-    assert found == [[True] * 4] * (len(folders) * (3 + 2))
+    assert found == [[True] * 4] * (len(folders) * 2 * 3)
 
 
 @pytest.fixture
