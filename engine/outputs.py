@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -119,7 +120,7 @@ class AtomicFile:
 
     def publish(self, final: Path) -> None:
         os.replace(self.temporary, final)
-        sync_folder(final.parent)
+        sync(final.parent)
         self.handle.close()
 
     def is_pending(self) -> bool:
@@ -204,7 +205,7 @@ def open_folder(path: Path, inputs: Iterable[Path], own_names: re.Pattern[str]) 
                 if path.exists():
                     path.rmdir()
                 temporary.replace(path)
-                sync_folder(path.parent)
+                sync(path.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         finally:
@@ -214,9 +215,8 @@ def open_folder(path: Path, inputs: Iterable[Path], own_names: re.Pattern[str]) 
 def _sync_files(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
 def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> BinaryIO:
@@ -242,6 +242,31 @@ def open_locked(path: Path, *, wait: bool = False, shared: bool = False) -> Bina
         handle.close()
 
 
+def lock_output(output: Path, lock: Path, *, shared: bool = False) -> BinaryIO:
+    """`lock`, held by this process for the run that writes `output`; unless `shared`, it says who holds it.
+
+    Raises:
+        FileExistsError: another run has it, or it is no regular file.
+    """
+    try:
+        handle = open_locked(lock, shared=shared)
+    except FileExistsError:
+        if _is_special(lock):
+            raise
+        owner = lock.read_text(encoding="utf-8") or "a share of it"
+        raise FileExistsError(f"{output}: another run is writing this output ({owner})") from None
+    if not shared:
+        try:
+            with naming(output):
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                handle.flush()
+        except BaseException:
+            with suppress(OSError):  # what is still buffered may not fit on the disk
+                handle.close()
+            raise
+    return handle
+
+
 def _open_appending(path: Path) -> BinaryIO:
     """`path`, made if need be; a link is not followed to what it names."""
     try:  # readable too, which some network file systems want for a shared lock
@@ -260,9 +285,9 @@ def _same_file(handle: BinaryIO, path: Path) -> bool:
     return os.path.samestat(os.fstat(handle.fileno()), os.lstat(path))
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` (renames, removals) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes what a file holds durable, or the names in a folder (renames, removals)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

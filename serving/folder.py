@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from ..engine.outputs import naming, open_locked, refuse_existing, refuse_foreign_files, sync_folder
+from ..engine.outputs import lock_output, naming, open_locked, refuse_existing, refuse_foreign_files, sync
 from ..texts.rows import BadRow
 from . import manifest
 from .manifest import MANIFEST, SHARDS, Record
@@ -100,15 +99,7 @@ class OutputFolder:
         for name in names:
             path = self.path / SHARDS / name
             shared = self._share is not None and name == "lock"
-            try:
-                self._locks.append(open_locked(path, shared=shared))
-            except FileExistsError:
-                owner = path.read_text(encoding="utf-8") or "a share of it"
-                raise FileExistsError(f"{self.path}: another run is writing this output ({owner})") from None
-            if not shared:
-                with naming(self.path):
-                    self._locks[-1].write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                    self._locks[-1].flush()
+            self._locks.append(lock_output(self.path, path, shared=shared))
         if self._share is not None:
             self._refuse_other_shares(self._share[1])
 
@@ -136,9 +127,9 @@ class OutputFolder:
         refuse_existing(self.errors_path, is_own_errors, overwrite=True)
         self.errors_path.unlink(missing_ok=True)
         for folder in (self.path, self.path / SHARDS):
-            sync_folder(folder)
+            sync(folder)
         (self.path / MANIFEST).unlink(missing_ok=True)
-        sync_folder(self.path)
+        sync(self.path)
 
     def __enter__(self) -> Self:
         return self

@@ -195,18 +195,19 @@ def _embed_into_folder(
 
 def _not_done(folder: Path, plan: Plan, numbers: Sequence[int]) -> list[int]:
     """Those of `numbers` that are to be done, also again: a file that is not what was written is told in a warning."""
-    done = [number for number in numbers if manifest.is_done(folder, number, plan.shards[number].num_rows)]
-    num_bytes = sum(manifest.part_path(folder, number).stat().st_size for number in done)
+    found = {number: manifest.read_record(folder, number, plan.shards[number].num_rows) for number in numbers}
+    done = {number: record for number, record in found.items() if record is not None}
+    num_bytes = sum(record.num_bytes for record in done.values())
     shown = {"unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
     with tqdm(desc="checking what is done", total=num_bytes, **shown) as bar:
-        changed = manifest.changed_shards(folder, plan.shards, done, bar.update)
+        changed = manifest.changed_shards(folder, done, bar.update)
     if changed:
         names = ", ".join(manifest.part_path(folder, number).name for number in changed[:5])
         warnings.warn(
             f"{folder}: not as written, and done again: {names}{', …' * (len(changed) > 5)} ({len(changed)})",
             stacklevel=2,
         )
-    kept = set(done) - set(changed)
+    kept = done.keys() - set(changed)
     return [number for number in numbers if number not in kept]
 
 

@@ -13,7 +13,7 @@ to say what they have done.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -198,16 +198,13 @@ def is_done(folder: Path, number: int, num_rows: int) -> bool:
     return read_record(folder, number, num_rows) is not None
 
 
-def changed_shards(
-    folder: Path, shards: Sequence[Shard], numbers: Sequence[int], progress: Callable[[int], object]
-) -> list[int]:
-    """Those of `numbers`, all done, whose file is not what was written; `progress` is called with bytes read."""
+def changed_shards(folder: Path, records: Mapping[int, Record], progress: Callable[[int], object]) -> list[int]:
+    """Those of the shards on record whose file is not what was written; `progress` is called with bytes read."""
     changed = []
-    for number in numbers:
-        record = read_record(folder, number, shards[number].num_rows)
-        if record is None or file_digest(part_path(folder, number)) != (record.num_bytes, record.sha256):
+    for number, record in records.items():
+        if file_digest(part_path(folder, number)) != (record.num_bytes, record.sha256):
             changed.append(number)
-        progress(record.num_bytes if record else 0)
+        progress(record.num_bytes)
     return changed
 
 

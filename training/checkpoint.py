@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..engine.outputs import naming
+from ..engine.outputs import naming, sync
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ def save(run: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str
             sums = {name: _sha256(temporary / name) for name in (_TENSORS, _STATE)}
             (temporary / _MANIFEST).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
             for name in (_TENSORS, _STATE, _MANIFEST):
-                _sync(temporary / name)
-            _sync(temporary)
+                sync(temporary / name)
+            sync(temporary)
             if target.exists():  # of the same step, so of the same content
                 _remove(target)
             os.replace(temporary, target)
-            _sync(folder)
+            sync(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -128,11 +128,3 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

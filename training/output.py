@@ -13,14 +13,13 @@ import logging
 import math
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..engine.checkpoints import ADAPTER_FILES
-from ..engine.outputs import AtomicFile, naming, open_locked, refuse_foreign_files, sync_folder
+from ..engine.outputs import AtomicFile, lock_output, naming, refuse_foreign_files, sync
 from ..engine.run_folder import EARLIER, RUN_FILE
 from ..engine.tokens import TOKENIZER_FILES
 from . import checkpoint
@@ -91,10 +90,7 @@ def hold(output: Path) -> Iterator[None]:
     lock: BinaryIO | None = None
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = _lock(output)
-        with naming(output):
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            lock.flush()
+        lock = lock_output(output, output / _LOCK)
         yield
     finally:
         if lock is not None:
@@ -103,17 +99,6 @@ def hold(output: Path) -> Iterator[None]:
         for folder in made:
             with suppress(OSError):  # it holds something
                 folder.rmdir()
-
-
-def _lock(output: Path) -> BinaryIO:
-    path = output / _LOCK
-    try:
-        return open_locked(path)
-    except FileExistsError:
-        if path.is_symlink():
-            raise
-        owner = path.read_text(encoding="utf-8")
-        raise FileExistsError(f"{output}: another run is writing this output ({owner})") from None
 
 
 def find_checkpoint(output: Path, settings: TrainingSettings) -> checkpoint.Saved | None:
@@ -164,7 +149,7 @@ def clear(output: Path) -> None:
         if Path(parent) != output:
             with suppress(OSError):  # something came into it meanwhile
                 os.rmdir(parent)
-    sync_folder(output)
+    sync(output)
 
 
 class Log:

@@ -64,7 +64,7 @@ def assert_resumes(settings, uninterrupted, exit_code) -> None:
 
 
 # what saving a checkpoint does to the disk, each call a point at which a run can be killed
-TOUCHES = [(checkpoint, "save_file"), (checkpoint, "_sync"), (os, "replace"), (Path, "unlink"), (Path, "write_text")]
+TOUCHES = [(checkpoint, "save_file"), (checkpoint, "sync"), (os, "replace"), (Path, "unlink"), (Path, "write_text")]
 
 
 def touch_counted(monkeypatch, at_call) -> None:
