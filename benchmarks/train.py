@@ -83,7 +83,7 @@ class BivecStep:
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        losses = self.objective.train(0, self.mask)
+        losses = self.objective.train(self.objective.prepare(0), self.mask)
         self.optimizer.step()
         if self.first_loss is None:
             self.first_loss = losses["loss"].item()

@@ -7,7 +7,9 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
 
 SLAB_SEQUENCES = 1024  # at most, in a slab
@@ -62,23 +64,28 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Pack token-id sequences in the order given; `pool_starts` defaults to 0, every token.
 
-        To a CUDA device they are copied from pinned memory, so that nothing waits.
+        Nothing waits for a CUDA device, and torch does not compute: a thread of its own may pack.
         """
-        seqlens = tuple(len(sequence) for sequence in sequences)
-        lengths = torch.tensor(seqlens, dtype=torch.int64)
-        cu_seqlens = torch.zeros(len(seqlens) + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-        input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
-        positions = torch.arange(input_ids.shape[0]) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-        starts = torch.tensor(pool_starts if pool_starts is not None else [0] * len(seqlens), dtype=torch.int32)
-        if starts.shape[0] != len(seqlens):
-            raise ValueError(f"pool_starts must hold one entry a sequence ({len(seqlens)}), got {starts.shape[0]}")
-        on_cuda = torch.device(device).type == "cuda"
-        input_ids, positions, cu_seqlens, starts = (
-            (part.pin_memory() if on_cuda else part).to(device, non_blocking=True)
-            for part in (input_ids, positions, cu_seqlens.to(torch.int32), starts)
-        )
-        return cls(input_ids, positions, cu_seqlens, seqlens, starts)
+        seqlens = tuple(map(len, sequences))
+        lengths = np.array(seqlens, dtype=np.int64)
+        cu_seqlens = np.concatenate([[0], lengths.cumsum()])
+        input_ids = np.fromiter(chain.from_iterable(sequences), np.int64, count=int(cu_seqlens[-1]))
+        positions = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+        starts = np.array(pool_starts if pool_starts is not None else [0] * len(seqlens), dtype=np.int32)
+        if len(starts) != len(seqlens):
+            raise ValueError(f"pool_starts must hold one entry a sequence ({len(seqlens)}), got {len(starts)}")
+        arrays = (input_ids, positions, cu_seqlens.astype(np.int32), starts)
+        ids, places, bounds, pooled = (on_device(array, device) for array in arrays)
+        return cls(ids, places, bounds, seqlens, pooled)
+
+
+def on_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """The array as a tensor there: on the CPU the same memory, to a CUDA device a copy for which nothing waits."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    # its allocator gives the pinned memory to nobody else before the copy, on this stream, is done
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack(lengths: Sequence[int], max_tokens: int, max_sequences: int) -> Iterator[list[int]]:

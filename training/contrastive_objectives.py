@@ -8,18 +8,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..engine.packing import on_device
 from ..engine.tokens import Tokenized
 from ..kernels.contrastive import contrastive_loss
 from ..kernels.contrastive.gather import gather_keys
 from ..kernels.pooling import pool
 from .batches import Order
 from .data import PairData, TextData
-from .gradcache import backpropagate
+from .gradcache import backpropagate, in_order
 from .mask_schedule import MaskNow
 from .passes import Passes, Slab, identify
 from .processes import Processes
 from .settings import ContrastiveSettings
-from .token_objectives import keep_generation
+from .token_objectives import TokenBatch, keep_generation, prepare_generation
 
 _GENERATION = 1 << 62  # in the identity of a text in the language-model loss beside this one
 
@@ -31,6 +32,22 @@ class Pairs(NamedTuple):
     num_queries: int
     groups: list[int]  # of the keys, then -1 for each key that another process has more
     identities: np.ndarray  # of the sequences
+
+
+class PairBatch(NamedTuple):
+    """Such a part in slabs, on the device.
+
+    Attributes:
+        places: int64 (S,), those of the first slab's sequences, then of the second's, and so on.
+        groups: int64 (M,), of the keys of this process, and of as many more as another process has.
+        generation: the keys' texts, where a language-model loss stands beside this one.
+    """
+
+    slabs: list[Slab]
+    places: torch.Tensor
+    num_queries: int
+    groups: torch.Tensor
+    generation: TokenBatch | None
 
 
 class TextPairs:
@@ -91,21 +108,27 @@ class Contrastive:
         self.processes = processes
         self.settings = settings
 
-    def train(self, step: int, mask: MaskNow) -> dict[str, torch.Tensor]:
-        """Add the step's gradients to the parameters; returns this process's part of each figure."""
+    def prepare(self, step: int) -> PairBatch:
+        """This process's part of the step."""
         pairs = self.pairs(step)
-        slabs = self.passes.slabs(pairs.sequences)
-
-        def embed(place: int) -> torch.Tensor:
-            return self._vectors(slabs[place], mask, step, pairs.identities, dropout=True)
-
-        loss = backpropagate([slab.places for slab in slabs], embed, lambda vectors: self._loss(vectors, pairs))
-        losses = {"loss": loss}
+        generation = None
         if self.settings.keep_generation:
             # of a text that stands in the step twice once
             texts = pairs.sequences[pairs.num_queries :]
             identities = pairs.identities[pairs.num_queries :] | _GENERATION
-            losses |= keep_generation(self.passes, texts, identities, step, self.processes, self.settings)
+            generation = prepare_generation(self.passes, texts, step, identities)
+        return self._pack(pairs, step, generation)
+
+    def train(self, batch: PairBatch, mask: MaskNow) -> dict[str, torch.Tensor]:
+        """Add the step's gradients to the parameters; returns this process's part of each figure."""
+
+        def embed(place: int) -> torch.Tensor:
+            return self._vectors(batch.slabs[place], mask, dropout=True)
+
+        counts = [len(slab.places) for slab in batch.slabs]
+        losses = {"loss": backpropagate(counts, batch.places, embed, lambda vectors: self._loss(vectors, batch))}
+        if batch.generation is not None:
+            losses |= keep_generation(self.passes, batch.generation, self.processes, self.settings)
         return losses
 
     @torch.no_grad()
@@ -114,16 +137,12 @@ class Contrastive:
 
         SimCSE's views differ by dropout alone, so it stays; elsewhere there is none.
         """
-        pairs = self.pairs(step)
+        batch = self._pack(self.pairs(step), step)
         dropout = isinstance(self.pairs, TextPairs)
-        slabs = self.passes.slabs(pairs.sequences)
-        parts = [self._vectors(slab, mask, step, pairs.identities, dropout=dropout) for slab in slabs]
-        places = torch.tensor([place for slab in slabs for place in slab.places], device=parts[0].device)
-        joined = torch.cat(parts)
-        vectors = torch.empty_like(joined).index_copy_(0, places, joined)
-        loss = self._loss(vectors, pairs).item() * self.processes.world_size
-        queries, keys, groups = self._split(vectors, pairs)
-        own = groups[: len(queries)]
+        vectors = in_order([self._vectors(slab, mask, dropout=dropout) for slab in batch.slabs], batch.places)
+        loss = self._loss(vectors, batch).item() * self.processes.world_size
+        queries, keys = self._split(vectors, batch)
+        groups, own = batch.groups, batch.groups[: len(queries)]
         if self.processes.group is not None:
             keys, gathered = gather_keys(keys, groups, self.processes.group)
             assert gathered is not None
@@ -132,10 +151,17 @@ class Contrastive:
         nearest = scores.masked_fill(groups < 0, -torch.inf).argmax(dim=-1)
         return {"loss": loss * len(queries), "correct": (groups[nearest] == own).sum().item(), "count": len(queries)}
 
-    def _vectors(self, slab: Slab, mask: MaskNow, step: int, identities: np.ndarray, *, dropout: bool) -> torch.Tensor:
+    def _pack(self, pairs: Pairs, step: int, generation: TokenBatch | None = None) -> PairBatch:
+        slabs = self.passes.slabs(pairs.sequences, step, pairs.identities)
+        places = np.array([place for slab in slabs for place in slab.places], dtype=np.int64)
+        groups = np.array(pairs.groups, dtype=np.int64)
+        device = self.passes.trainee.device
+        return PairBatch(slabs, on_device(places, device), pairs.num_queries, on_device(groups, device), generation)
+
+    def _vectors(self, slab: Slab, mask: MaskNow, *, dropout: bool) -> torch.Tensor:
         """One vector of each of the slab's sequences, float32 (S, E)."""
         model = self.passes.trainee.model
-        hidden_states = self.passes.hidden_states(slab, mask, step, identities, dropout=dropout)
+        hidden_states = self.passes.hidden_states(slab, mask, dropout=dropout)
         return pool(
             hidden_states,
             slab.batch.cu_seqlens,
@@ -146,26 +172,26 @@ class Contrastive:
             normalize=False,
         )
 
-    def _loss(self, vectors: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def _loss(self, vectors: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """This process's part of the mean loss over all queries."""
         settings, processes = self.settings, self.processes
-        queries, keys, groups = self._split(vectors, pairs)
+        queries, keys = self._split(vectors, batch)
         loss = contrastive_loss(
             queries,
             keys,
             temperature=settings.temperature,
             symmetric=settings.symmetric,
-            groups=groups,
+            groups=batch.groups,
             dims=settings.dims or None,
             process_group=processes.group,
         )
         return loss / processes.world_size
 
-    def _split(self, vectors: torch.Tensor, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (N, E), keys (M, E) and their groups (M,), as many keys as in every process."""
-        num_padding = pairs.num_queries + len(pairs.groups) - len(vectors)
-        keys = torch.nn.functional.pad(vectors[pairs.num_queries :], (0, 0, 0, num_padding))
-        return vectors[: pairs.num_queries], keys, torch.tensor(pairs.groups, device=vectors.device)
+    def _split(self, vectors: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (N, E) and keys (M, E), as many keys as in every process."""
+        num_padding = batch.num_queries + len(batch.groups) - len(vectors)
+        keys = torch.nn.functional.pad(vectors[batch.num_queries :], (0, 0, 0, num_padding))
+        return vectors[: batch.num_queries], keys
 
 
 def _require_negatives(groups: list[int], step: int) -> None:

@@ -12,10 +12,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ..engine.config import Window
-from ..engine.packing import PackedBatch
 from ..engine.selftest import probe
+from ..engine.tokens import Tokenized
 from .mask_schedule import MaskNow
-from .passes import Passes, Slab
+from .passes import Passes
 from .trainee import ADAPTER, Trainee
 
 
@@ -59,8 +59,8 @@ def _blind(passes: Passes, windows: tuple[Window, ...]) -> str | None:
     text, changed, place = probe(trainee.config, windows)
     states = []
     for ids in (text, changed):
-        slab = Slab([0], PackedBatch.from_sequences([ids], device=trainee.device))
-        hidden_states = passes.hidden_states(slab, MaskNow(windows), 0, np.zeros(1, dtype=np.int64), dropout=False)
+        slab = passes.slab([Tokenized(ids, 0)], [0], 0, np.zeros(1, dtype=np.int64))
+        hidden_states = passes.hidden_states(slab, MaskNow(windows), dropout=False)
         states.append(trainee.model.norm(hidden_states)[: len(text)])
     if not all(torch.isfinite(state).all() for state in states):
         return "the model's states are not finite"

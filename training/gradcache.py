@@ -10,36 +10,39 @@ import torch
 
 
 def backpropagate(
-    slabs: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    places: torch.Tensor,
     embed: Callable[[int], torch.Tensor],
     loss_of: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Leave the parameters' gradients of `loss_of(vectors)` and return the loss, detached.
 
-    One slab takes one pass; more take two each, the first without gradient.
+    One slab takes one pass; more take two each, the first without gradient. Nothing waits for the device.
 
     Args:
-        slabs: places of each slab's vectors among all.
-        embed: the vectors `(places, E)` of a slab, the same whenever it is called.
+        counts: vectors of each slab.
+        places: int64 (N,) on the vectors' device: the places, among all, of the first slab's vectors, then of the
+            second's, and so on.
+        embed: the vectors `(count, E)` of a slab, the same whenever it is called.
         loss_of: a scalar from all vectors in order of their places.
     """
-    if len(slabs) == 1:
-        loss = loss_of(_in_order(slabs, [embed(0)]))
+    if len(counts) == 1:
+        loss = loss_of(in_order([embed(0)], places))
         loss.backward()
         return loss.detach()
     with torch.no_grad():
-        vectors = _in_order(slabs, [embed(place) for place in range(len(slabs))])
+        vectors = in_order([embed(slab) for slab in range(len(counts))], places)
     vectors.requires_grad_()
     loss = loss_of(vectors)
     loss.backward()
     gradients = vectors.grad
     assert gradients is not None
-    for place, places in enumerate(slabs):
-        embed(place).backward(gradients[list(places)])
+    for slab, gradient in enumerate(gradients.index_select(0, places).split(list(counts))):
+        embed(slab).backward(gradient)
     return loss.detach()
 
 
-def _in_order(slabs: Sequence[Sequence[int]], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def in_order(parts: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """The rows of all parts, the first one at `places[0]`."""
     joined = torch.cat(list(parts))
-    places = torch.tensor([place for slab in slabs for place in slab], device=joined.device)
     return torch.empty_like(joined).index_copy(0, places, joined)

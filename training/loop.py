@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import peft
@@ -31,7 +32,9 @@ from ..engine import ops
 from ..engine.checkpoints import Checkpoint, resolve
 from ..engine.fingerprint import fingerprint
 from ..engine.outputs import naming, refuse_inputs
+from ..engine.overlap import ahead
 from ..engine.run_folder import EARLIER, RunDescription
+from ..engine.slabs import OnHost
 from . import checkpoint
 from .divergence import find_divergence, not_finite
 from .mask_schedule import MaskSchedule
@@ -106,6 +109,16 @@ def train(settings: TrainingSettings) -> TrainingSummary:
                 ) from error
 
 
+class _Launched(NamedTuple):
+    """A step whose figures the device may still be computing: the gradient norm, then the losses of these names."""
+
+    step: int
+    learning_rate: float
+    tokens: int
+    names: tuple[str, ...]
+    figures: OnHost
+
+
 class _Run:
     def __init__(
         self,
@@ -139,6 +152,9 @@ class _Run:
         )
         self.optimizer = Optimizer(self.trainee.parameters, settings)
         self.step = self.skipped = self.skipped_in_a_row = self.tokens = 0
+        self.launched: deque[_Launched] = deque()
+        # steps to launch before one's figures are read, so that the device always has something to do
+        self.behind = int(accelerator.device.type == "cuda")
         self.evaluation: dict[str, float] = {}
         if saved is not None:
             self._restore(saved)
@@ -158,18 +174,20 @@ class _Run:
         if self.step == 0:
             self._evaluate()
         bar = tqdm(total=settings.max_steps, initial=self.step, unit="step", disable=not (main and sys.stderr.isatty()))
-        with bar:
-            while self.step < settings.max_steps:
-                losses, norm, rate = self._train_step()
+        with bar, closing(self._prepared()) as batches:
+            for batch in batches:
+                self._launch_step(batch)
                 bar.update()
                 last = self.step == settings.max_steps
-                if self.step % settings.logging_steps == 0 or last or not math.isfinite(norm):
-                    figures = self._record(losses, norm, rate)
+                evaluates = last or self.step % settings.eval_steps == 0
+                figures = self._settle(0 if evaluates else self.behind)
+                if figures is not None:
                     bar.set_postfix(loss=f"{figures['loss']:.4f}")
-                if self.step % settings.eval_steps == 0 or last:
+                if evaluates:
                     self._evaluate()
                 stop = bool(self.processes.sum(terminated.is_set())[0])  # every process must know of the end of one
-                if self.step % settings.save_steps == 0 or last or stop:
+                if last or stop or self.step % settings.save_steps == 0:
+                    self._settle(0)
                     self._save()
                 if stop:
                     raise SystemExit(143)
@@ -182,44 +200,72 @@ class _Run:
         tokens = self.tokens - first_tokens
         return TrainingSummary(str(self.output), self.step, first_step, self.skipped, tokens, seconds, self.evaluation)
 
-    def _train_step(self) -> tuple[dict[str, torch.Tensor], float, float]:
-        """One update; returns this process's part of the losses, the gradient norm, and the learning rate it took."""
+    def _prepared(self) -> Generator[Any, None, None]:
+        """The batches of the steps to come; for CUDA a thread makes them, and its copies are queued as ours are."""
+        device = self.accelerator.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def prepare() -> Generator[Any, None, None]:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                for step in range(self.step, self.settings.max_steps):
+                    yield self.stage.objective.prepare(step)
+
+        return prepare() if stream is None else ahead(prepare())
+
+    def _launch_step(self, batch: Any) -> None:
+        """One update, whose figures are read later."""
         rate = self.optimizer.learning_rate
         self.optimizer.zero_grad()
-        figures = self.stage.objective.train(self.step, self.schedule(self.step))
+        losses = self.stage.objective.train(batch, self.schedule(self.step))
         self.processes.sum_gradients(self.trainee.parameters.values())
         norm = self.optimizer.step()
         self.step += 1
         self.tokens += int(self.processes.sum(self.passes.take_count())[0])
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-        else:
-            self._stop_if(not_finite(self.trainee))
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == min(self.settings.max_skipped_steps, self.settings.max_steps):
-                raise RuntimeError(
-                    f"{self.skipped_in_a_row} steps in a row, the last of them {self.step}, had no finite gradient: "
-                    "choose a smaller learning_rate, or dtype float32"
-                )
-        return figures, norm, rate
+        figures = OnHost(torch.stack([norm, *losses.values()]))
+        self.launched.append(_Launched(self.step, rate, self.tokens, tuple(losses), figures))
 
-    def _stop_if(self, divergence: str | None) -> None:
+    def _settle(self, behind: int) -> dict[str, Any] | None:
+        """Read the figures of all steps but the last `behind`, in order; returns those that were logged last."""
+        settings, logged = self.settings, None
+        while len(self.launched) > behind:
+            launched = self.launched.popleft()
+            norm, *losses = map(float, launched.figures.numpy())
+            if math.isfinite(norm):
+                self.skipped_in_a_row = 0
+            else:
+                self._count_skipped(launched.step)
+            due = launched.step % settings.logging_steps == 0 or launched.step == settings.max_steps
+            if due or not math.isfinite(norm):
+                logged = self._record(launched, norm, losses)
+        return logged
+
+    def _count_skipped(self, step: int) -> None:
+        self._stop_if(not_finite(self.trainee), step)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == min(self.settings.max_skipped_steps, self.settings.max_steps):
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row, the last of them {step}, had no finite gradient: "
+                "choose a smaller learning_rate, or dtype float32"
+            )
+
+    def _stop_if(self, divergence: str | None, step: int) -> None:
         if divergence is not None:
             raise RuntimeError(
-                f"training has diverged by step {self.step}: {divergence}; checkpoints before it are as they were, but "
+                f"training has diverged by step {step}: {divergence}; checkpoints before it are as they were, but "
                 "--resume would go the same way: choose a smaller learning_rate and begin anew with --overwrite"
             )
 
-    def _record(self, losses: dict[str, torch.Tensor], norm: float, rate: float) -> dict[str, Any]:
-        sums = self.processes.sum(*(loss.item() for loss in losses.values()))
-        figures: dict[str, Any] = dict(zip(losses, sums, strict=True))
+    def _record(self, launched: _Launched, norm: float, losses: list[float]) -> dict[str, Any]:
+        sums = self.processes.sum(*losses)
+        figures: dict[str, Any] = dict(zip(launched.names, sums, strict=True))
         if math.isfinite(norm) and not math.isfinite(sum(sums)):
-            self._stop_if(f"the loss is {figures['loss']}")
-        figures |= {"grad_norm": norm, "learning_rate": rate, "skipped": self.skipped, "tokens": self.tokens}
-        self.log.write({"step": self.step} | figures)
+            self._stop_if(f"the loss is {figures['loss']}", launched.step)
+        figures |= {"grad_norm": norm, "learning_rate": launched.learning_rate}
+        figures |= {"skipped": self.skipped, "tokens": launched.tokens}
+        self.log.write({"step": launched.step} | figures)
         if self.settings.report_to:
-            self.accelerator.log(figures, step=self.step)
+            self.accelerator.log(figures, step=launched.step)
         return figures
 
     def _evaluate(self) -> None:
@@ -244,7 +290,7 @@ class _Run:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        self._stop_if(find_divergence(self.passes, self.schedule.final_window))
+        self._stop_if(find_divergence(self.passes, self.schedule.final_window), self.step)
         state = {
             "step": self.step,
             "skipped": self.skipped,

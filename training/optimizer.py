@@ -25,8 +25,11 @@ class Optimizer:
     def __init__(self, parameters: dict[str, nn.Parameter], settings: TrainingSettings):
         self.parameters = parameters
         self.max_grad_norm = settings.max_grad_norm
+        # fused, it is told by the device to leave everything as it is
+        self._fused = _on_cuda(parameters)
         self._adamw = torch.optim.AdamW(
             parameters.values(),
+            fused=self._fused,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
@@ -54,21 +57,24 @@ class Optimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def step(self) -> float:
-        """Clip, update and go on in the schedule; returns the gradient norm before clipping, in float32.
+    def step(self) -> torch.Tensor:
+        """Clip, update and go on in the schedule; returns the gradient norm before clipping, a float32 scalar.
 
-        Where it is not finite nothing is updated.
+        Where it is not finite nothing is updated. On CUDA the device decides that, and nothing waits for it.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        value = norm.item()
-        if math.isfinite(value):
+        first = next(iter(self.parameters.values()))
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else first.new_zeros(())
+        if self._fused:
+            # as torch.amp.GradScaler tells it: neither weights nor moments nor its step change
+            self._adamw.found_inf = torch.isfinite(norm).logical_not_().float()  # type: ignore[attr-defined]
+        if self._fused or math.isfinite(norm.item()):
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
             self._adamw.step()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # a skipped first step
             self._schedule.step()
-        return value
+        return norm
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and moments, on the host."""
@@ -95,11 +101,15 @@ class Optimizer:
             parameter.data.copy_(saved)
             moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
             if moments:
-                # adamw keeps its step on the host
+                # unless it is fused, adamw keeps its step on the host
                 self._adamw.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device)
+                    key: value.clone() if key == "step" and not self._fused else value.to(parameter.device)
                     for key, value in moments.items()
                 }
         self._schedule.load_state_dict(self._schedule.state_dict() | schedule_state)
         for group, rate in zip(self._adamw.param_groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+
+
+def _on_cuda(parameters: dict[str, nn.Parameter]) -> bool:
+    return next(iter(parameters.values())).is_cuda

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..engine.packing import PackedBatch, pack
+from ..engine.packing import PackedBatch, on_device, pack
 from ..engine.tokens import Tokenized
 from .mask_schedule import MaskNow
 from .trainee import Trainee
@@ -20,10 +20,19 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Slab(NamedTuple):
-    """Sequences of a step that go through the model together: their places in the step, and their tokens."""
+    """Sequences of a step that go through the model together.
+
+    Attributes:
+        places: theirs in the step.
+        batch: their tokens.
+        seeds: int64 (S,) on the device, of what is random about each sequence.
+        adapter_seed: of the adapter's dropout, which is drawn on the host.
+    """
 
     places: list[int]
     batch: PackedBatch
+    seeds: torch.Tensor
+    adapter_seed: int
 
 
 class Passes:
@@ -49,36 +58,32 @@ class Passes:
         count, self._num_tokens = self._num_tokens, 0
         return count
 
-    def slabs(self, sequences: Sequence[Tokenized]) -> list[Slab]:
-        """The sequences in slabs, sequences of similar length together."""
-        lengths = [len(sequence.ids) for sequence in sequences]
-        return [
-            Slab(
-                places,
-                PackedBatch.from_sequences(
-                    [sequences[place].ids for place in places],
-                    [sequences[place].pool_start for place in places],
-                    self.trainee.device,
-                ),
-            )
-            for places in pack(lengths, self.token_budget, self.token_budget)
-        ]
-
-    def hidden_states(
-        self, slab: Slab, mask: MaskNow, step: int, identities: np.ndarray, *, dropout: bool = True
-    ) -> torch.Tensor:
-        """Last hidden states `(T, E)` of a slab before the final norm, in the compute dtype.
+    def slabs(self, sequences: Sequence[Tokenized], step: int, identities: np.ndarray) -> list[Slab]:
+        """The sequences in slabs on the device, sequences of similar length together.
 
         Args:
             identities: from `identify`, one for every sequence of the step: what is random about a sequence depends on
-                the seed, the step and its identity.
+                the run's seed, the step and its identity.
         """
+        lengths = [len(sequence.ids) for sequence in sequences]
+        divided = pack(lengths, self.token_budget, self.token_budget)
+        return [self.slab(sequences, places, step, identities) for places in divided]
+
+    def slab(self, sequences: Sequence[Tokenized], places: list[int], step: int, identities: np.ndarray) -> Slab:
+        """The sequences at these places in one slab, however many tokens they have."""
+        device = self.trainee.device
+        ids, starts = zip(*(sequences[place] for place in places), strict=True)
+        seeds = sequence_seeds(self.seed, step, identities[places])
+        return Slab(places, PackedBatch.from_sequences(ids, starts, device), on_device(seeds, device), int(seeds[0]))
+
+    def hidden_states(self, slab: Slab, mask: MaskNow, *, dropout: bool = True) -> torch.Tensor:
+        """Last hidden states `(T, E)` of a slab before the final norm, in the compute dtype."""
         trainee = self.trainee
-        seeds = sequence_seeds(self.seed, step, identities[slab.places])
-        torch.manual_seed(int(seeds[0]))  # of the adapter's dropout, drawn on the host
+        torch.manual_seed(slab.adapter_seed)
         autocast = trainee.adapter is None and trainee.dtype is not torch.float32
         precision = torch.autocast(trainee.device.type, trainee.dtype) if autocast else nullcontext()
-        trainee.network.train(dropout)
+        if trainee.network.training != dropout:  # which goes through every module
+            trainee.network.train(dropout)
         if torch.is_grad_enabled():
             self._num_tokens += slab.batch.num_tokens
         with precision:
@@ -88,7 +93,7 @@ class Passes:
                 backend=trainee.backend,
                 dropout_p=self.attention_dropout if dropout else 0.0,
                 future_p=mask.future_p,
-                seeds=torch.from_numpy(seeds).to(trainee.device),
+                seeds=slab.seeds,
                 checkpoint_activations=self.checkpoint_activations and torch.is_grad_enabled(),
             )
 

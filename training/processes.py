@@ -15,8 +15,10 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
-        self.device = accelerator.device
         self.group: dist.ProcessGroup | None = dist.group.WORLD if self.world_size > 1 else None
+        self._hosts = self.group  # for what the hosts know: summed on the device they would wait for it
+        if self.group is not None and accelerator.device.type == "cuda":
+            self._hosts = dist.new_group(backend="gloo")
 
     def share(self, count: int) -> slice:
         """This process's contiguous part of `count` rows; parts differ by one row at most."""
@@ -28,11 +30,11 @@ class Processes:
         return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes, float64."""
+        """Each value summed over the processes, float64, which waits for the other hosts but for no device."""
         if self.group is None:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.group)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._hosts)
         return total.tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

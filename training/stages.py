@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +19,18 @@ from .token_objectives import MaskedNextTokens, NextTokens
 class Objective(Protocol):
     """A loss over data. Each process adds its part: the sum over processes is the joined batch's."""
 
-    def train(self, step: int, mask: MaskNow) -> dict[str, torch.Tensor]:
-        """Add the step's gradients to the parameters; returns this process's part of each loss, `loss` among them."""
+    def prepare(self, step: int) -> Any:
+        """This process's part of the step, in slabs on the device: what is done on the host, and no pass.
+
+        It depends on nothing but the data, the settings and `step`, and may be called in another thread than `train`.
+        """
+        ...
+
+    def train(self, batch: Any, mask: MaskNow) -> dict[str, torch.Tensor]:
+        """Add the gradients of what `prepare` gave to the parameters, without waiting for the device.
+
+        Returns this process's part of each loss, `loss` among them, float32 scalars.
+        """
         ...
 
     def evaluate(self, step: int, mask: MaskNow) -> dict[str, float]:

@@ -116,7 +116,8 @@ class Step:
         """Losses and gradients of one step."""
         for parameter in self.trainee.parameters.values():
             parameter.grad = None
-        losses = self.stage.objective.train(step, self.schedule(step))
+        objective = self.stage.objective
+        losses = objective.train(objective.prepare(step), self.schedule(step))
         gradients = {name: parameter.grad.clone() for name, parameter in self.trainee.parameters.items()}
         return {name: loss.item() for name, loss in losses.items()}, gradients
 

@@ -190,7 +190,7 @@ def test_gradcache_is_the_full_batch(make_settings, make_step, stage):
     changes = {"attention_dropout": 0.3, "batch_size": 16}
     whole, whole_gradients = make_step(make_settings(stage, **changes)).run()
     step = make_step(make_settings(stage, token_budget=64, **changes))
-    assert len(step.passes.slabs(step.stage.objective.pairs(0).sequences)) > 3
+    assert len(step.stage.objective.prepare(0).slabs) > 3
     chunked, gradients = step.run()
     assert chunked["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     for name, gradient in gradients.items():
@@ -203,8 +203,8 @@ def test_gradcache_is_the_full_batch(make_settings, make_step, stage):
 def test_simcse_views_differ_by_their_masks(make_settings, make_step):
     step = make_step(make_settings("simcse", attention_dropout=0.3))
     pairs = step.stage.objective.pairs(0)
-    (slab,) = step.passes.slabs(pairs.sequences)
-    found = step.stage.objective._vectors(slab, step.schedule(0), 0, pairs.identities, dropout=True)
+    (slab,) = step.stage.objective.prepare(0).slabs
+    found = step.stage.objective._vectors(slab, step.schedule(0), dropout=True)
     by_place = dict(zip(slab.places, found, strict=True))
     for place in range(pairs.num_queries):
         assert (by_place[place] - by_place[place + pairs.num_queries]).abs().max() > 1e-3
