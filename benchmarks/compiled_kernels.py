@@ -108,12 +108,15 @@ def compile_attention(capability: int, head_dim: int, dtype: torch.dtype, mask: 
     attention_mask = attention.AttentionMask(**settings)
     block_d = attention_tiles.padded_head_dim(head_dim)
     tiles = attention_tiles.tiles_for(block_d, dtype, divmod(capability, 10), attention_mask)
-    last = (cu_seqlens, 0.125, attention_mask, tiles)
+    tile_list = torch.zeros(8, 4, dtype=torch.int32)
+    last = (0.125, attention_mask, tiles)
     with collected_launches(capability) as launches:
-        attention.attention_forward_long(q, k, v, out, lse, *last)
-        attention.attention_forward_short(q, k, v, out, lse, *last)
-        attention.attention_backward_long(q, k, v, out, lse, grad_out, grad_q, grad_k, grad_v, delta, *last)
-        attention.attention_backward_short(q, k, v, grad_out, grad_q, grad_k, grad_v, *last)
+        attention.attention_forward_long(q, k, v, out, lse, 4, tile_list, *last)
+        attention.attention_forward_short(q, k, v, out, lse, cu_seqlens, *last)
+        attention.attention_backward_long(
+            q, k, v, out, lse, grad_out, grad_q, grad_k, grad_v, delta, 4, tile_list, *last
+        )
+        attention.attention_backward_short(q, k, v, grad_out, grad_q, grad_k, grad_v, cu_seqlens, *last)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 

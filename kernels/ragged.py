@@ -1,10 +1,6 @@
-"""What every kernel over packed sequences shares: a fixed grid over unknown lengths, and rows of a ragged matrix.
+"""What the kernels share: the search for a sequence by its place, rows of a ragged matrix, products, rounding.
 
-`T` packed tokens, `S` sequences, `D` head dimension. A grid must not depend on the lengths, which live on the device,
-so a launch has one *slot* for every `SLOT_ROWS` rows of the slab, and sequence `s` owns the slots from `cu_seqlens[s]
-// SLOT_ROWS` up to those of the next one. Any run of `length` rows spans at least `length // SLOT_ROWS` slots, which
-is enough for `ceil(length / BLOCK)` tiles whenever `length >= SLOT_ROWS` and `BLOCK >= 2 * SLOT_ROWS`; shorter
-sequences have a kernel of their own. No table is built, nothing is read back, and slots left over return at once.
+`S` sequences, `D` head dimension.
 """
 
 import triton
@@ -15,18 +11,18 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS: tl.constexpr, FAN: tl.constexpr):
-    """The last sequence whose first slot is not after `slot`: two rounds of FAN probes, a binary search takes ten."""
+def find_sequence(starts_ptr, num_sequences, place, FAN: tl.constexpr):
+    """The last sequence whose start is not after `place`: two rounds of FAN probes, a binary search takes ten."""
     stride = tl.cdiv(num_sequences, FAN)
     probes = tl.arange(0, FAN) * stride
-    starts = tl.load(cu_seqlens_ptr + probes, mask=probes < num_sequences, other=0x7FFFFFFF)
-    first = (tl.sum((starts // SLOT_ROWS <= slot).to(tl.int32), axis=0) - 1) * stride
+    starts = tl.load(starts_ptr + probes, mask=probes < num_sequences, other=0x7FFFFFFF)
+    first = (tl.sum((starts <= place).to(tl.int32), axis=0) - 1) * stride
     sequence = first - 1
     end = tl.minimum(first + stride, num_sequences)
     for begin in range(first, end, FAN):
         probes = begin + tl.arange(0, FAN)
-        starts = tl.load(cu_seqlens_ptr + probes, mask=probes < end, other=0x7FFFFFFF)
-        sequence += tl.sum((starts // SLOT_ROWS <= slot).to(tl.int32), axis=0)
+        starts = tl.load(starts_ptr + probes, mask=probes < end, other=0x7FFFFFFF)
+        sequence += tl.sum((starts <= place).to(tl.int32), axis=0)
     return sequence
 
 
@@ -55,25 +51,6 @@ def store_rows(
     ptrs, rows, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):
     tl.store(ptrs, narrow(rows, ptrs.dtype.element_ty, UPCAST), mask=_row_mask(num_rows, ROWS, HEAD_DIM, BLOCK_D))
-
-
-@triton.jit
-def zero_tail(
-    ptr,
-    stride_t,
-    slot,
-    num_used,
-    num_tokens,
-    SLOT_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Zero this slot's own rows of a (T, ...) matrix as far as no sequence uses them; `ptr` is at its first row."""
-    rows = slot * SLOT_ROWS + tl.arange(0, SLOT_ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    unused = ((rows >= num_used) & (rows < num_tokens))[:, None] & (offs_d < HEAD_DIM)[None, :]
-    zeros = tl.zeros([SLOT_ROWS, BLOCK_D], ptr.dtype.element_ty)
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride_t + offs_d[None, :], zeros, mask=unused)
 
 
 @triton.jit

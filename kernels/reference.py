@@ -31,6 +31,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     future_p: float | Tensor = 1.0,
     seeds: Tensor | None = None,
+    tile_list: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ · scale + mask) v within each sequence; (T, H, D), (T, G, D), (T, G, D) -> (T, H, D).
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from ..checks import describe
-from .arguments import check_chances, check_scale, check_seeds, check_tensors, check_window
+from .arguments import (
+    check_chances,
+    check_cu_seqlens,
+    check_scale,
+    check_seeds,
+    check_tensors,
+    check_tile_list,
+    check_window,
+)
 
 
 def varlen_attention(
@@ -28,6 +36,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     future_p: float | Tensor = 1.0,
     seeds: Tensor | None = None,
+    tile_list: Tensor | None = None,
 ) -> Tensor:
     """Attention within each packed sequence; (T, H, D), (T, G, D), (T, G, D) -> (T, H, D).
 
@@ -44,12 +53,14 @@ def varlen_attention(
                      float32 tensor of one element on the device may stand for it, so that a captured graph can anneal
     seeds            int64 (S,) on the device, needed by the last two: the mask of a sequence is Philox 4x32-10 keyed by
                      its seed, on local positions
+    tile_list        what `list_tiles(cu_seqlens, T)` gives, made once for all layers of a pass; made here if None
 
     Raises ValueError for arguments that break these rules, and for CPU tensors, which only Triton's interpreter takes
     (TRITON_INTERPRET=1 before triton is imported).
     """
     _check_kernel_limits(q)
     check_tensors(q, k, v, cu_seqlens)
+    check_tile_list(tile_list, cu_seqlens)
     _check_strides(q, k, v)
     left, right = check_window(window_size)
     if not isinstance(max_seqlen, int) or max_seqlen < 0:
@@ -68,6 +79,7 @@ def varlen_attention(
     scale = check_scale(softmax_scale, q.shape[2])
     from ..ragged import INTERPRETED  # triton is there on Linux only
     from .operator import attention_forward
+    from .tile_list import make_tile_list
 
     if q.device.type != "cuda" and not (q.device.type == "cpu" and INTERPRETED):
         raise ValueError(
@@ -79,6 +91,7 @@ def varlen_attention(
         k,
         v,
         cu_seqlens,
+        make_tile_list(cu_seqlens, q.shape[0]) if tile_list is None else tile_list,
         left,
         right,
         scale,
@@ -88,6 +101,22 @@ def varlen_attention(
         seeds if random else None,
     )
     return out
+
+
+def list_tiles(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The work of attention over a packed batch as a list on the device, for every layer of a pass and its backward.
+
+    cu_seqlens       int32 (S + 1,), from 0 up, on the device
+    num_tokens       T, rows of the packed batch with its unused tail
+
+    One small kernel; nothing is read back, so that a CUDA graph can hold it. Returns int32 (N, 4); N depends on S and T
+    alone. The list belongs to these lengths: after `cu_seqlens` has changed it must be made again. Raises ValueError
+    for a `cu_seqlens` that is not as above.
+    """
+    check_cu_seqlens(cu_seqlens)
+    from .tile_list import make_tile_list
+
+    return make_tile_list(cu_seqlens, num_tokens)
 
 
 def _check_kernel_limits(q: Tensor) -> None:

@@ -24,10 +24,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     for name, tensor in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
+    check_cu_seqlens(cu_seqlens)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be int32 of shape (num_sequences + 1,), got {describe(cu_seqlens)}")
     if cu_seqlens.stride(0) != 1 and cu_seqlens.shape[0] > 1:
         raise ValueError(f"cu_seqlens must be contiguous, got strides {cu_seqlens.stride()}")
+
+
+def check_tile_list(tile_list: Tensor | None, cu_seqlens: Tensor) -> None:
+    if tile_list is None:
+        return
+    if tile_list.dtype != torch.int32 or tile_list.dim() != 2 or tile_list.shape[1] != 4:
+        raise ValueError(f"tile_list must be what list_tiles gives, int32 (N, 4), got {describe(tile_list)}")
+    if tile_list.device != cu_seqlens.device:
+        raise ValueError(f"tile_list must be on q's device {cu_seqlens.device}, got {tile_list.device}")
 
 
 def check_window(window_size: tuple[int, int]) -> tuple[int, int]:

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ragged import find_sequence, load_rows, matmul, narrow, store_rows, zero_tail
+from ..ragged import load_rows, matmul, narrow, store_rows
 from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .tile_list import load_tile, over_tiles, zero_rows
 from .tiles import AttentionTiles
 
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window_left", "window_right"])
 def _attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -29,9 +30,9 @@ def _attention_bwd_dq_kernel(
     grad_q_ptr,
     lse_ptr,
     delta_ptr,
-    cu_seqlens_ptr,
+    tile_list_ptr,
     num_tokens,
-    num_sequences,
+    num_heads,
     softmax_scale,
     softmax_scale_log2,
     stride_qt,
@@ -61,20 +62,14 @@ def _attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
-    SLOT_ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
+    head, sequence, start, length, start_m = load_tile(tile_list_ptr, num_heads, BLOCK_M, TILE_ROWS)
     grad_q_ptr += head.to(tl.int64) * stride_dqh
-    num_used = tl.load(cu_seqlens_ptr + num_sequences)
-    if (slot + 1) * SLOT_ROWS > num_used:
-        zero_tail(grad_q_ptr, stride_dqt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
-
-    sequence = find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, 128)
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    start_m = (slot - start // SLOT_ROWS) * BLOCK_M
+    if sequence < 0:
+        zero_rows(grad_q_ptr, stride_dqt, start, length, start_m, BLOCK_M, HEAD_DIM, BLOCK_D)
+        return
     if length <= SHORT or start_m >= length:
         return
 
@@ -145,7 +140,7 @@ def _attention_bwd_dq_kernel(
     store_rows(grad_q_ptrs, grad_q * softmax_scale, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window_left", "window_right"])
 def _attention_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -155,9 +150,9 @@ def _attention_bwd_dkv_kernel(
     grad_v_ptr,
     lse_ptr,
     delta_ptr,
-    cu_seqlens_ptr,
+    tile_list_ptr,
     num_tokens,
-    num_sequences,
+    num_heads,
     softmax_scale,
     softmax_scale_log2,
     stride_qt,
@@ -185,22 +180,16 @@ def _attention_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
-    SLOT_ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head, sequence, start, length, start_n = load_tile(tile_list_ptr, num_heads, BLOCK_N, TILE_ROWS)
     grad_k_ptr += kv_head.to(tl.int64) * stride_dkh
     grad_v_ptr += kv_head.to(tl.int64) * stride_dkh
-    num_used = tl.load(cu_seqlens_ptr + num_sequences)
-    if (slot + 1) * SLOT_ROWS > num_used:
-        zero_tail(grad_k_ptr, stride_dkt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
-        zero_tail(grad_v_ptr, stride_dkt, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
-
-    sequence = find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, 128)
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    start_n = (slot - start // SLOT_ROWS) * BLOCK_N
+    if sequence < 0:
+        zero_rows(grad_k_ptr, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
+        zero_rows(grad_v_ptr, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
+        return
     if length <= SHORT or start_n >= length:
         return
 
@@ -284,13 +273,14 @@ def attention_backward_long(
     grad_k: Tensor,
     grad_v: Tensor,
     delta: Tensor,
-    cu_seqlens: Tensor,
+    num_sequences: int,
+    tile_list: Tensor,
     softmax_scale: float,
     mask: AttentionMask,
     tiles: AttentionTiles,
 ) -> None:
     """Write the gradients of sequences above `tiles.short` tokens and of the unused tail; `delta` (H, T) is scratch."""
-    num_tokens, num_heads, _ = q.shape
+    num_tokens = q.shape[0]
     shared = dict(
         q_ptr=q,
         k_ptr=k,
@@ -298,9 +288,7 @@ def attention_backward_long(
         grad_out_ptr=grad_out,
         lse_ptr=lse,
         delta_ptr=delta,
-        cu_seqlens_ptr=cu_seqlens,
         num_tokens=num_tokens,
-        num_sequences=cu_seqlens.shape[0] - 1,
         softmax_scale=softmax_scale,
         softmax_scale_log2=softmax_scale * LOG2_E,
         stride_qt=q.stride(0),
@@ -315,8 +303,9 @@ def attention_backward_long(
         **tiles.shape_arguments(q, k),
     )
     tile = tiles.backward_dq
-    slot_rows = tiles.slot_rows(tile.block_m)
-    _attention_bwd_dq_kernel[(triton.cdiv(num_tokens, slot_rows), num_heads)](
+    grid, work = over_tiles(tile_list, num_tokens, num_sequences, tiles.short, q.shape[1], tile.block_m)
+    _attention_bwd_dq_kernel[grid](
+        **work,
         **shared,
         out_ptr=out,
         grad_q_ptr=grad_q,
@@ -326,13 +315,13 @@ def attention_backward_long(
         stride_dqh=grad_q.stride(1),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SLOT_ROWS=slot_rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     tile = tiles.backward_dkv
-    slot_rows = tiles.slot_rows(tile.block_n)
-    _attention_bwd_dkv_kernel[(triton.cdiv(num_tokens, slot_rows), k.shape[1])](
+    grid, work = over_tiles(tile_list, num_tokens, num_sequences, tiles.short, k.shape[1], tile.block_n)
+    _attention_bwd_dkv_kernel[grid](
+        **work,
         **shared,
         grad_k_ptr=grad_k,
         grad_v_ptr=grad_v,
@@ -340,7 +329,6 @@ def attention_backward_long(
         stride_dkh=grad_k.stride(1),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SLOT_ROWS=slot_rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -10,23 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ragged import find_sequence, load_rows, matmul, narrow, store_rows, zero_tail
+from ..ragged import load_rows, matmul, narrow, store_rows
 from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .tile_list import load_tile, over_tiles, zero_rows
 from .tiles import AttentionTiles
 
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window_left", "window_right"])
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
     lse_ptr,
-    cu_seqlens_ptr,
+    tile_list_ptr,
     num_tokens,
-    num_sequences,
+    num_heads,
     softmax_scale_log2,
     stride_qt,
     stride_qh,
@@ -51,27 +52,20 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
-    SLOT_ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
+    head, sequence, start, length, start_m = load_tile(tile_list_ptr, num_heads, BLOCK_M, TILE_ROWS)
     out_ptr += head.to(tl.int64) * stride_oh
     lse_ptr += head.to(tl.int64) * num_tokens
-    num_used = tl.load(cu_seqlens_ptr + num_sequences)
-    if (slot + 1) * SLOT_ROWS > num_used:
-        zero_tail(out_ptr, stride_ot, slot, num_used, num_tokens, SLOT_ROWS, HEAD_DIM, BLOCK_D)
-        unused = slot * SLOT_ROWS + tl.arange(0, SLOT_ROWS)
-        tl.store(lse_ptr + unused, tl.zeros([SLOT_ROWS], tl.float32), (unused >= num_used) & (unused < num_tokens))
-
-    sequence = find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, 128)
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    start_m = (slot - start // SLOT_ROWS) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    if sequence < 0:
+        zero_rows(out_ptr, stride_ot, start, length, start_m, BLOCK_M, HEAD_DIM, BLOCK_D)
+        tl.store(lse_ptr + start + offs_m, tl.zeros([BLOCK_M], tl.float32), mask=offs_m < length)
+        return
     if length <= SHORT or start_m >= length:
         return
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     seed = load_seed(seeds_ptr, sequence, HAS_DROPOUT, HAS_FUTURE)
     shown = load_probability(future_p, FUTURE_ON_DEVICE)
@@ -145,24 +139,24 @@ def attention_forward_long(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    num_sequences: int,
+    tile_list: Tensor,
     softmax_scale: float,
     mask: AttentionMask,
     tiles: AttentionTiles,
 ) -> None:
     """Write `out` (T, H, D) and `lse` (H, T), base 2, of sequences above `tiles.short` tokens and of the tail."""
-    num_tokens, num_heads, _ = q.shape
+    num_tokens = q.shape[0]
     tile = tiles.forward
-    slot_rows = tiles.slot_rows(tile.block_m)
-    _attention_fwd_kernel[(triton.cdiv(num_tokens, slot_rows), num_heads)](
+    grid, work = over_tiles(tile_list, num_tokens, num_sequences, tiles.short, q.shape[1], tile.block_m)
+    _attention_fwd_kernel[grid](
+        **work,
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         out_ptr=out,
         lse_ptr=lse,
-        cu_seqlens_ptr=cu_seqlens,
         num_tokens=num_tokens,
-        num_sequences=cu_seqlens.shape[0] - 1,
         softmax_scale_log2=softmax_scale * LOG2_E,
         stride_qt=q.stride(0),
         stride_qh=q.stride(1),
@@ -176,7 +170,6 @@ def attention_forward_long(
         **tiles.shape_arguments(q, k),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SLOT_ROWS=slot_rows,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -33,10 +33,6 @@ class AttentionTiles(NamedTuple):
     short_forward: Tiles
     short_backward: Tiles
 
-    def slot_rows(self, block: int) -> int:
-        """Rows of the slab to one slot of the grid, see ragged.py."""
-        return min(block // 2, self.short)
-
     def shape_arguments(self, q: Tensor, k: Tensor) -> dict:
         """Keyword arguments that every attention kernel takes for q (T, H, D) and k (T, G, D)."""
         return {

@@ -46,7 +46,7 @@ def _row_weights(row, start, end, MODE: tl.constexpr):
 @triton.jit
 def _locate_part(cu_seqlens_ptr, pool_starts_ptr, parts_before_ptr, num_sequences, part, PART_ROWS: tl.constexpr):
     """The sequence of a part, its pooled rows' bounds and the part's own: (sequence, start, end, first, last)."""
-    sequence = find_sequence(parts_before_ptr, num_sequences, part, 1, 128)
+    sequence = find_sequence(parts_before_ptr, num_sequences, part, 128)
     begin = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     start = begin + tl.load(pool_starts_ptr + sequence)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivec.kernels import reference
-from bivec.kernels.attention import tiles, varlen_attention
+from bivec.kernels.attention import tile_list, tiles, varlen_attention
 from bivec.kernels.attention.masks import AttentionMask
 
 # around the tiles that run: 32 queries by 16 keys, short up to 16, in the interpreter; 64 and 128 on a GPU
@@ -140,7 +140,7 @@ def test_tiles_that_ship_under_the_interpreter(dtype, head_dim, check_against_tr
         pytest.skip("the GPU runs these tiles in every test")
     shipped = tiles.tiles_for(head_dim, DTYPES[dtype], (9, 0), AttentionMask(-1, -1, 0.0, 1.0, None, None))
     inputs, upstream, cu_seqlens = packed([63, 64, 65, 130], 2, 1, head_dim, DTYPES[dtype], "cpu")
-    with mock.patch.object(tiles, "INTERPRETER", shipped):
+    with mock.patch.object(tiles, "INTERPRETER", shipped), mock.patch.object(tile_list, "TILE_ROWS", 128):
         check_against_truth(varlen_attention, reference.varlen_attention, inputs, upstream, cu_seqlens, 130)
 
 

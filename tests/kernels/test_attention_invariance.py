@@ -1,16 +1,11 @@
-"""A sequence's result, bit by bit, whatever surrounds it; every element written; the search behind the fixed grid."""
+"""A sequence's result, bit by bit, whatever surrounds it; every element written."""
 
 from unittest import mock
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bivec.kernels.attention import varlen_attention
-from bivec.kernels.ragged import find_sequence
 
 LENGTHS = {"cpu": [5, 16, 40, 17, 1], "cuda": [5, 64, 300, 65, 1, 129]}
 RANDOM = {"dropout_p": 0.2, "future_p": 0.5}
@@ -96,29 +91,3 @@ def test_every_element_is_written_and_the_tail_is_zero(device, gradients):
     for tensor in written[-1]:
         assert tensor.shape[0] == 90
         assert not tensor.any()
-
-
-@triton.jit
-def _find_kernel(cu_seqlens_ptr, found_ptr, num_sequences, SLOT_ROWS: tl.constexpr, FAN: tl.constexpr):
-    slot = tl.program_id(0)
-    tl.store(found_ptr + slot, find_sequence(cu_seqlens_ptr, num_sequences, slot, SLOT_ROWS, FAN))
-
-
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=60), fan=st.sampled_from([2, 4, 16, 128]))
-def test_every_tile_of_a_long_sequence_has_a_slot(lengths, fan):
-    """With 8 rows to a slot: sequences of 8 rows or more find all their tiles of 16 among the slots, in order."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    num_slots = triton.cdiv(sum(lengths), 8)
-    found = torch.full((num_slots,), -7, dtype=torch.int32, device=device)
-    if num_slots:
-        _find_kernel[(num_slots,)](cu_seqlens, found, len(lengths), SLOT_ROWS=8, FAN=fan)
-    starts = cu_seqlens.tolist()
-    for slot, sequence in enumerate(found.tolist()):
-        assert sequence == max(s for s in range(len(lengths)) if starts[s] // 8 <= slot)
-    for sequence, length in enumerate(lengths):
-        if length >= 8:
-            owned = [slot for slot, owner in enumerate(found.tolist()) if owner == sequence]
-            assert owned[0] == starts[sequence] // 8
-            assert len(owned) * 16 >= length

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bivec.kernels import reference
-from bivec.kernels.attention import varlen_attention
+from bivec.kernels.attention import list_tiles, varlen_attention
 from bivec.kernels.attention.operator import attention_forward
+from bivec.kernels.attention.tile_list import make_tile_list
 from bivec.kernels.attention.transformers import padding_mask, register_with_transformers
 
 
@@ -22,7 +23,10 @@ def test_opcheck(device):
     seeds = torch.tensor([1, 2], device=device)
     chance = torch.tensor(0.5, device=device)
     for random in [(0.0, 1.0, None, None), (0.3, 1.0, chance, seeds)]:
-        torch.library.opcheck(attention_forward, (*inputs, cu_seqlens, -1, 0, 0.25, *random))
+        torch.library.opcheck(
+            attention_forward, (*inputs, cu_seqlens, list_tiles(cu_seqlens, 24), -1, 0, 0.25, *random)
+        )
+    torch.library.opcheck(make_tile_list, (cu_seqlens, 24))
 
 
 def test_no_graph_break_when_compiled(device):
@@ -112,6 +116,12 @@ def changed(name, value):
         ("dropout_p", lambda _: -0.1, r"dropout_p must be in \[0, 1\), got -0.1"),
         ("future_p", lambda _: 1.5, r"future_p must be in \[0, 1\], got 1.5"),
         ("future_p", lambda _: torch.zeros(2), "future_p must be a number or one float32 element on cpu"),
+        (
+            "tile_list",
+            lambda _: torch.zeros(3, 4),
+            r"tile_list must be what list_tiles gives, int32 \(N, 4\), got float32",
+        ),
+        ("tile_list", lambda _: torch.zeros(3, 4).int().to("meta"), "tile_list must be on q's device cpu, got meta"),
         ("seeds", lambda s: s.int(), r"seeds must be int64 of shape \(2,\), got int32 \(2,\)"),
         ("seeds", lambda s: s[:1], r"seeds must be int64 of shape \(2,\), got int64 \(1,\)"),
     ],
