@@ -84,6 +84,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             "equal-length attention": f"one by one: {runner.one_by_one}" if runner.one_by_one else "batched",
             "cores a pass": f"1: {runner.one_core}" if runner.one_core else "any number, with the same bits",
             "row tiles": ", ".join(map(str, runner.tiles)),
+            **({"matrix products": runner.products} if encoder.device.type == "cuda" else {}),
         },
         "memory": {
             "weights": _mebibytes(parameters * encoder.dtype.itemsize),

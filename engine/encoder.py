@@ -68,6 +68,7 @@ class Encoder:
             at_once=self.runner.passes_at_once,
             cores_each=self.runner.cores_each,
             tile=self.runner.tiles[-1],
+            release=self.runner.forget_graphs,
         )
 
     @classmethod
@@ -335,6 +336,19 @@ class Encoder:
         if adapters:
             merge_adapters(model.model, self.checkpoint.adapters)
         return model.to(self.device).eval()
+
+    def warm_up(self) -> None:
+        """Run a pass of every size once, so that no request waits for kernels to be compiled and graphs captured.
+
+        On the CPU there is nothing to wait for, and nothing is run.
+        """
+        if self.device.type != "cuda":
+            return
+        # the largest first: the others' graphs share its memory
+        for size in reversed(self.runner.pass_sizes(self.slabs.tokens)):
+            whole, rest = divmod(min(size, self.slabs.tokens), self.max_length)
+            lengths = [self.max_length] * whole + [rest] * (rest > 0)
+            self.encode_tokenized([Tokenized([0] * length, 0) for length in lengths])
 
     def describe(self) -> dict[str, Any]:
         """What was loaded, which choices were made and why, and the self-test's result; texts, numbers and lists."""

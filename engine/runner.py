@@ -22,6 +22,7 @@ from .graphs import CapturedPasses, CudaCapture
 from .layers import LAYERS, FusedLayer
 from .model import LlamaModel
 from .packing import PackedBatch
+from .products import PRODUCTS, Products
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Runner:
         passes_at_once: how many may share the CPU, an equal part of the cores each.
         one_by_one: why attention takes each sequence by itself; empty where those of one length share a call.
         one_core: why a pass computes on one core; empty where their number changes no bit.
+        products: how matrices are multiplied and why, see products.py.
     """
 
     def __init__(self, model: LlamaModel, backend: str, windows: Sequence[Window] | None = None):
@@ -66,7 +68,8 @@ class Runner:
         self.one_by_one = self.one_core = ""
         self._tried = {1}  # numbers of cores
         self._try_cores(sorted({all_cores, all_cores // self.passes_at_once} - {1}))
-        self.tiles = self._agreeing_tiles()
+        self._products: Products = nullcontext
+        self.products = self._choose_products()
         # the other backends read lengths on the host
         captured = self.device.type == "cuda" and backend == "triton"
         self._captured = CapturedPasses(self._run, CudaCapture(self.device)) if captured else None
@@ -93,6 +96,18 @@ class Runner:
                 return self._run(batch, windows)
         return self._captured(batch, windows, capacity=self.cover(batch.num_tokens)[-1].stop)
 
+    def pass_sizes(self, num_tokens: int) -> list[int]:
+        """Rows of the passes, ascending, that batches of up to `num_tokens` tokens take."""
+        sizes: list[int] = []
+        while not sizes or sizes[-1] < num_tokens:
+            sizes.append(self.cover(sizes[-1] + 1 if sizes else 1)[-1].stop)
+        return sizes
+
+    def forget_graphs(self) -> None:
+        """Give back the memory that captured passes keep; they are captured again when they are needed."""
+        if self._captured is not None:
+            self._captured.forget()
+
     @property
     def cores_each(self) -> int | None:
         """Cores of a pass that runs beside others; None: an equal part of all."""
@@ -105,25 +120,31 @@ class Runner:
         return on_cores(1) if self.one_core else nullcontext()
 
     def _run(self, batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
-        return self._through(self.layers, batch, windows)
+        with self._products():
+            return self._through(self.layers, batch, windows)
 
     def _through(self, layers: Sequence[FusedLayer], batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
         num_tokens = batch.num_tokens
         tiles = self.cover(num_tokens)
         num_rows = tiles[-1].stop if tiles else 0
-        hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[:num_tokens])
-        positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
-        positions[:num_tokens] = batch.positions
+        if num_rows == num_tokens:  # as in a captured pass
+            hidden, positions = self.embeddings.index_select(0, batch.input_ids), batch.positions
+        else:
+            hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+            torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[:num_tokens])
+            positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+            positions[:num_tokens] = batch.positions
         angles = self._layer_form.angles(*self._rotary_tables(positions))
         heads = self._layer_form.new_heads(self.config, num_rows, like=hidden)
-        attended = hidden.new_zeros(num_rows, self.config.num_attention_heads, self.config.head_dim)
-        # where no row is without a token, as in a captured pass, a kernel's own output needs no copy
-        out = attended[:num_tokens] if self.backend == "sdpa" or num_tokens < num_rows else None
+        # a kernel's own output needs no copy where it has all rows
+        attended = out = None
+        if self.backend == "sdpa" or num_tokens < num_rows:
+            attended = hidden.new_zeros(num_rows, self.config.num_attention_heads, self.config.head_dim)
+            out = attended[:num_tokens]
         for layer, window in zip(layers, windows, strict=True):
             query, key, value = (part[:num_tokens] for part in layer.project(hidden, angles, heads, tiles))
             found = ops.attention(query, key, value, batch, window, self.backend, out=out, together=not self.one_by_one)
-            layer.finish(hidden, (found if out is None else attended).flatten(1), tiles)
+            layer.finish(hidden, (found if attended is None else attended).flatten(1), tiles)
         return hidden[:num_tokens]
 
     def cover(self, num_tokens: int) -> list[slice]:
@@ -218,10 +239,37 @@ class Runner:
         logger.warning("%s: passes run on one core each", found)
         return found
 
+    def _choose_products(self) -> str:
+        """Keep the tile sizes that agree, and the first way to multiply that keeps most; what is kept and why."""
+        sizes, largest = self.tiles, max(self.tiles)
+        (given, as_given), *others = PRODUCTS[self.device.type].items()
+        self.tiles = self._agreeing_tiles(sizes, as_given)
+        why, lost = given, sorted(set(sizes) - set(self.tiles))
+        for name, products in others if lost else ():
+            try:
+                found = self._agreeing_tiles(sizes, products)
+            except RuntimeError as error:  # torch has no such setting, or the library no such product
+                logger.warning("products cannot be computed %s: %s", name, error)
+                continue
+            if len(found) > len(self.tiles):
+                self.tiles, self._products = found, products
+                why = f"{name}: {given}, tiles of {_some(lost)} rows do not agree with those of {largest}"
+                logger.warning("products are computed %s", why)
+        if not self.tiles:
+            raise RuntimeError(f"self-test: a layer over {largest} rows does not give the same bits twice")
+        for size in sorted(set(sizes) - set(self.tiles)):
+            logger.warning(
+                "tiles of %d rows do not agree bitwise with those of %d rows and are not used", size, largest
+            )
+        return why
+
     @torch.inference_mode()
-    def _agreeing_tiles(self) -> tuple[int, ...]:
-        """The tile sizes, ascending, at which a layer gives bitwise the rows that it gives at the largest."""
-        largest = max(self.tiles)
+    def _agreeing_tiles(self, sizes: Sequence[int], products: Products) -> tuple[int, ...]:
+        """The tile sizes, ascending, at which a layer gives bitwise the rows that it gives at the largest.
+
+        None where the largest does not give the same twice.
+        """
+        largest = max(sizes)
         layer, config = self.layers[0], self.config
         generator = torch.Generator().manual_seed(0)
         states, attended = (
@@ -233,7 +281,7 @@ class Runner:
         def run(size: int) -> tuple[torch.Tensor, ...]:
             tiles = [slice(start, start + size) for start in range(0, largest, size)]
             heads = self._layer_form.new_heads(config, largest, like=states)
-            with self._cores():
+            with self._cores(), products():
                 projected = layer.project(states, angles, heads, tiles)
                 hidden = states.clone()
                 layer.finish(hidden, attended, tiles)
@@ -242,14 +290,8 @@ class Runner:
         expected = run(largest)
         if any(part.isnan().any() for part in expected):
             raise ValueError("the first layer gives NaN: its weights or numbers of the configuration are wrong")
-        agreeing = [size for size in self.tiles if all(map(torch.equal, run(size), expected))]
-        for size in sorted(set(self.tiles) - set(agreeing)):
-            logger.warning(
-                "tiles of %d rows do not agree bitwise with those of %d rows and are not used", size, largest
-            )
-        if largest not in agreeing:
-            raise RuntimeError(f"self-test: a layer over {largest} rows does not give the same bits twice")
-        return tuple(sorted(agreeing))
+        agreeing = [size for size in sizes if all(map(torch.equal, run(size), expected))]
+        return tuple(sorted(agreeing)) if largest in agreeing else ()
 
 
 def _within(length: int, window: Window) -> Window:

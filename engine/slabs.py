@@ -35,14 +35,25 @@ class Slabs:
         at_once: passes that may run side by side.
         cores_each: of such a pass; default an equal part of all.
         tile: tokens of the fastest pass; slabs are not made smaller for the sake of others.
+        release: gives back what memory can be spared, such as captured graphs; called where memory runs out.
 
     Attributes:
         tokens: what a slab holds at most; it becomes less where memory runs out.
     """
 
-    def __init__(self, device: torch.device, *, longest: int, at_once: int, tile: int, cores_each: int | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        longest: int,
+        at_once: int,
+        tile: int,
+        cores_each: int | None = None,
+        release: Callable[[], object] = lambda: None,
+    ):
         self.tokens = max(_TOKENS[device.type], longest)
         self._device, self._at_once, self._cores_each, self._tile = device, at_once, cores_each, tile
+        self._release = release
 
     def map(self, run: Callable[[list[int], PackedBatch], Result], texts: Sequence[Tokenized]) -> Iterator[Result]:
         """`run(slab, batch)` of packed batches that hold all texts, in any order; a slab is the texts' places.
@@ -86,6 +97,7 @@ class Slabs:
 
     def _take_less(self, longest: int, error: torch.OutOfMemoryError) -> None:
         smaller = max(self.tokens // 2, longest)
+        self._release()
         if smaller == self.tokens:
             raise RuntimeError(f"out of memory with a text of {longest} tokens: choose a smaller max_length") from error
         logger.warning("out of memory with passes of %d tokens: from here on of %d", self.tokens, smaller)

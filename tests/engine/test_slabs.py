@@ -56,6 +56,20 @@ def test_smaller_slabs_where_memory_runs_out(encoder, memory, caplog):
     assert len(caplog.records) == 3
 
 
+def test_captured_graphs_are_forgotten_before_smaller_slabs_are_tried():
+    events = []
+
+    def run(slab, batch):
+        events.append(batch.num_tokens)
+        if "released" not in events:
+            raise torch.OutOfMemoryError("no memory")
+
+    texts = [Tokenized([1] * 32, 0)] * 128
+    slabs = Slabs(torch.device("cpu"), longest=64, at_once=1, tile=64, release=lambda: events.append("released"))
+    list(slabs.map(run, texts))
+    assert events == [4096, "released", 2048, 2048]
+
+
 def test_memory_for_no_text_at_all(encoder, memory):
     memory(30)
     with pytest.raises(RuntimeError, match="out of memory with a text of 90 tokens: choose a smaller max_length"):
