@@ -6,10 +6,14 @@
 
 TFLOP/s count visible scores alone, GB/s every input and output once, both also as shares of what the device reaches in
 a matrix product and a copy in the same run. Errors are against float64 on the first key/value head of the first
-sequences, beside those of eager PyTorch in the same dtype. A CUDA-graph row leaves the launches' cost on the host out.
+sequences, as shares of the largest value, beside those of an eager version in the same dtype; who is further off than
+truth.py allows has no speed. Dropout draws other masks for everybody and is timed unchecked. FlexAttention is compiled
+anew for each of its cases, which takes long, so that it has fewer; if it would run unfused it fails. The most telling
+cases come first.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 
@@ -17,16 +21,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from .attention_peers import Attention, Peer, Prepared, peers
+from .attention_peers import FLEX, Attention, Peer, Prepared, peers
+from .cases import Case, Results
 from .machine import describe_machine
 from .texts import synthetic_mix
-from .timing import argument_parser, cuda_graph, error_text, measure, ratio, report
+from .timing import argument_parser, compiles_only, error_text, measure, num_rounds, ratio
+from .truth import QUERIES_AT_ONCE, attention_in_pieces, largest_error, wrong
 
 DIRECTIONS = ("forward", "backward", "both")
 HEADS = {"D64 GQA 4": (32, 8, 64), "D128 GQA 4": (32, 8, 128), "D64 MHA": (16, 16, 64)}  # Llama 1B, 8B; an encoder's
-TRUTH_SCORES = 4096**2  # float64 scores of one head that the error is measured on
+# float64 scores of one head, and sequences, that the error is measured on
+TRUTH_SCORES, TRUTH_SEQUENCES = 16384**2, 64
 CHARACTERS_PER_TOKEN = 4
+FIRST = (
+    "D128 GQA 4, uniform 4096",
+    "D64 GQA 4, uniform 4096",
+    "D128 GQA 4, real mix",
+    "D64 GQA 4, real mix",
+    "D64 GQA 4, uniform 64",
+    "D128 GQA 4, uniform 512",
+    "D128 GQA 4, uniform 4096, causal",
+    "D64 GQA 4, uniform 512",
+    "D128 GQA 4, uniform 16384",
+    "D128 GQA 4, uniform 64",
+    "D128 GQA 4, uniform 4096, window 128",
+    "D64 GQA 4, uniform 16",
+    "D64 GQA 4, uniform 256",
+)
+WITH_FLEX = (*FIRST[:4], "D128 GQA 4, uniform 4096, causal", "D128 GQA 4, uniform 4096, window 128", "mix, causal")
 
 
 def real_lengths(num_tokens: int) -> tuple[int, ...]:
@@ -68,7 +90,7 @@ def choose_cases(kinds: list[str], dtype: torch.dtype, quick: bool) -> list[Atte
         add("windows", "uniform 4096, causal", (4096,) * 4, window_size=(-1, 0))
         add("windows", "uniform 4096, window 128", (4096,) * 4, window_size=(128, 128))
         add("dropout", "real mix, dropout 0.1", mix, dropout_p=0.1)
-    return cases
+    return sorted(cases, key=lambda case: FIRST.index(case.name) if case.name in FIRST else len(FIRST))
 
 
 def directions(prepared: Prepared) -> dict[str, Callable[[], object]]:
@@ -93,27 +115,33 @@ def directions(prepared: Prepared) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def errors(case: Attention, inputs: list[Tensor], outputs: list[Tensor]) -> dict[str, float]:
-    """Largest differences from float64, of the output and of the gradients, in the slice that the truth covers."""
-    lengths: list[int] = []
-    scores = 0
-    for length in case.lengths:
-        scores += length**2
-        if lengths and scores > TRUTH_SCORES:
-            break
-        lengths.append(length)
-    rows, group = sum(lengths), case.num_heads // case.num_kv_heads
-    heads = (group, 1, 1, group)
-    *leaves, upstream = (tensor[:rows, :count].double() for tensor, count in zip(inputs, heads, strict=True))
-    q, k, v = (tensor.requires_grad_() for tensor in leaves)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(upstream.device, torch.int32)
-    output = reference.varlen_attention(q, k, v, cu_seqlens, max(lengths), window_size=case.window_size)
-    truth = [output.detach(), *torch.autograd.grad(output, (q, k, v), upstream)]
-    largest = [
-        (ours[:rows, : exact.shape[1]].double() - exact).abs().max().item()
-        for ours, exact in zip(outputs, truth, strict=False)
-    ]
-    return {"error": largest[0]} | ({"gradient_error": max(largest[1:])} if largest[1:] else {})
+class Truth:
+    """Float64 results of a case's first sequences and first key/value head, computed once for all peers."""
+
+    def __init__(self, case: Attention, inputs: list[Tensor]):
+        lengths: list[int] = []
+        for length in case.lengths[:TRUTH_SEQUENCES]:
+            if lengths and sum(seen**2 for seen in [*lengths, length]) > TRUTH_SCORES:
+                break
+            lengths.append(length)
+        group = case.num_heads // case.num_kv_heads
+        self.rows, self.heads, self.dtype = sum(lengths), (group, group, 1, 1), case.dtype
+        slices = [tensor[: self.rows, :heads] for tensor, heads in zip(inputs, (group, 1, 1, group), strict=True)]
+        self.exact = attention_in_pieces(slices, lengths, case.window_size, torch.float64)
+        self.eager = self._errors(attention_in_pieces(slices, lengths, case.window_size, case.dtype))
+
+    def _errors(self, results: list[Tensor]) -> tuple[float, float | None]:
+        gradients = largest_error(results[1:], self.exact[1 : len(results)]) if results[1:] else None
+        return largest_error(results[:1], self.exact[:1]), gradients
+
+    def judge(self, results: list[Tensor]) -> tuple[dict[str, float | None], str | None]:
+        """The errors of packed results, the output's and the gradients', and why they have no speed, or None."""
+        found = [result[: self.rows, :heads] for result, heads in zip(results, self.heads, strict=False)]
+        errors = self._errors(found)
+        reasons = [wrong(ours, self.dtype, eager) for ours, eager in zip(errors, self.eager, strict=True)]
+        facts = dict(zip(("error", "gradient_error"), errors, strict=True))
+        facts |= dict(zip(("eager_error", "eager_gradient_error"), self.eager, strict=True))
+        return facts, next((reason for reason in reasons if reason), None)
 
 
 def computed(prepared: Prepared) -> list[Tensor]:
@@ -129,53 +157,56 @@ def computed(prepared: Prepared) -> list[Tensor]:
 
 def run_case(
     case: Attention,
-    known: dict[str, Peer],
+    peers: dict[str, Peer],
     device: torch.device,
     rounds: int,
     ceilings: tuple[float, float],
     quick: bool,
 ) -> list[dict]:
     inputs = case.inputs(device)
-    ready: dict[str, dict[str, Callable[[], object]] | str] = {}
-    accuracy: dict[str, dict[str, float]] = {}
-    for name, peer in known.items():
+    truth = None if case.dropout_p else Truth(case, inputs)
+    ready: dict[str, dict[str, Callable] | str] = {}
+    accuracy: dict[str, dict] = {}
+    for name, peer in peers.items():
         try:
             prepared = peer(case, inputs)
             if isinstance(prepared, str):
                 ready[name] = prepared
                 continue
-            ready[name] = directions(prepared)
-            if not case.dropout_p:
-                accuracy[name] = errors(case, inputs, computed(prepared))
+            refusal = None
+            if truth is not None:
+                accuracy[name], refusal = truth.judge(computed(prepared))
+            ready[name] = refusal or directions(prepared)
         except Exception as error:  # a peer that cannot do this case stands in the result with its reason
             ready[name] = error_text(error)
     rows = []
     p10, p50, p90 = np.percentile(case.lengths, [10, 50, 90]).tolist()
     facts = {"case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "tokens": case.num_tokens}
-    facts |= {"sequences": len(case.lengths), "p10": p10, "p50": p50, "p90": p90}
+    facts |= {"head_dim": case.head_dim, "sequences": len(case.lengths), "p10": p10, "p50": p50, "p90": p90}
     for direction in DIRECTIONS:
         variants = {name: ways if isinstance(ways, str) else ways[direction] for name, ways in ready.items()}
-        if device.type == "cuda" and not isinstance(ready["bivec"], str) and direction != "backward":
-            try:
-                variants["bivec, CUDA graph"] = cuda_graph(ready["bivec"][direction])
-            except Exception as error:
-                variants["bivec, CUDA graph"] = error_text(error)
         timings = measure(
-            variants, rounds=rounds, device=device, flush_cache=device.type == "cuda", pause=0.0 if quick else 0.01
+            variants, rounds=rounds, device=device, flush_cache=device.type == "cuda", pause=0.0 if quick else 0.002
         )
         for name, timing in timings.items():
-            row = facts | {"direction": direction} | timing.row()
+            row = facts | {"direction": direction} | timing.row() | accuracy.get(name, {})
             if not timing.skipped:
                 tflops = case.flops(direction) / timing.median / 1e12
                 gigabytes = case.least_bytes(direction) / timing.median / 1e9
                 row |= {"tflops": tflops, "gb_per_s": gigabytes}
                 row |= {"of_matmul": tflops / ceilings[0], "of_copy": gigabytes / ceilings[1]}
-                row |= accuracy.get(name, {})
-                row |= {f"eager_{key}": value for key, value in accuracy.get("eager, padded", {}).items()}
                 if name != "bivec":
                     row["bivec_speedup"] = ratio(timing, timings["bivec"])
             rows.append(row)
     return rows
+
+
+def case_bytes(case: Attention) -> float:
+    """An estimate: everybody's inputs and gradients, padded ones longer, and the truth's scores."""
+    padding = len(case.lengths) * max(case.lengths) / case.num_tokens
+    group = case.num_heads // case.num_kv_heads
+    scores = 8 * 8.0 * group * min(QUERIES_AT_ONCE, max(case.lengths)) * max(case.lengths)
+    return case.least_bytes("both") * (4 + 6 * padding) + scores
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,17 +217,24 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     dtype = "float32" if arguments.quick else arguments.dtype
-    rounds = arguments.rounds or (2 if arguments.quick else 15)
     machine = describe_machine(device, dtypes=(dtype,))
     ceilings = (machine["matmul_tflops"][dtype], machine["copy_gb_per_s"])
-    rows: list[dict] = []
+    everybody = peers(device)
+    quickly = {name: peer for name, peer in everybody.items() if name != FLEX}
+    if compiles_only(arguments):
+        quickly = {"bivec": everybody["bivec"]}
+    rounds = num_rounds(arguments, 15)
+    cases: list[Case] = []
+    slow: list[Case] = []
     for case in choose_cases(arguments.cases, getattr(torch, dtype), arguments.quick):
-        print(case.name, file=sys.stderr, flush=True)
-        rows += run_case(case, peers(device), device, rounds, ceilings, arguments.quick)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    report("attention", rows, machine=machine, output=arguments.output)
-    return 0
+        run = functools.partial(run_case, case, device=device, rounds=rounds, ceilings=ceilings, quick=arguments.quick)
+        num_bytes = case_bytes(case)
+        cases.append(Case(case.name, functools.partial(run, peers=quickly), num_bytes))
+        if case.name in WITH_FLEX:
+            pair = {name: everybody[name] for name in ("bivec", FLEX)}
+            slow.append(Case(f"{case.name}, {FLEX}", functools.partial(run, peers=pair), num_bytes))
+    place = len(FIRST)
+    return Results("attention", arguments, machine).run([*cases[:place], *slow, *cases[place:]])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.attention import varlen_attention
 
+EAGER, FLEX = "eager, padded", "flex, document mask"
 EAGER_BYTES = 24 * 2**30  # scores that the eager version may hold
 
 
@@ -61,10 +62,10 @@ class Attention:
         return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
     def inputs(self, device: torch.device) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # a host's would take minutes
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
         shapes = [(self.num_tokens, count, self.head_dim) for count in heads]
-        return [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in shapes]
+        return [torch.randn(shape, generator=generator, device=device).to(self.dtype) for shape in shapes]
 
 
 @dataclass
@@ -110,14 +111,8 @@ def torch_varlen(case: Attention, inputs: list[Tensor]) -> Prepared | str:
         settings["is_causal"] = True
     elif case.window_size != (-1, -1):
         return "has no window in this torch"
-    group_size = 1 if "enable_gqa" in accepted else case.num_heads // case.num_kv_heads
-
-    def attend(q: Tensor, k: Tensor, v: Tensor):
-        if group_size > 1:
-            k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **settings)
-
-    return _packed(inputs, attend)
+    # without that argument its kernels take groups all the same
+    return _packed(inputs, lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **settings))
 
 
 def flash_attn(case: Attention, inputs: list[Tensor]) -> Prepared | str:
@@ -133,11 +128,17 @@ def flash_attn(case: Attention, inputs: list[Tensor]) -> Prepared | str:
     )
 
 
-def flex(case: Attention, inputs: list[Tensor], compiled: bool = True) -> Prepared | str:
+def flex(case: Attention, inputs: list[Tensor], compiled: bool = True, backend: str = "inductor") -> Prepared | str:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if case.dropout_p:
         return "has no dropout"
+    if compiled:
+        torch.compiler.reset()
+        # beyond the limit it would run unfused without a word
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # a backward that is repeated needs what it would give away
+        torch._functorch.config.donated_buffer = False
     device, num_tokens = inputs[0].device, case.num_tokens
     document = torch.repeat_interleave(torch.tensor(case.lengths)).to(device)
     left, right = (num_tokens if bound < 0 else bound for bound in case.window_size)
@@ -145,9 +146,9 @@ def flex(case: Attention, inputs: list[Tensor], compiled: bool = True) -> Prepar
     def mask(batch, head, query, key):
         return (document[query] == document[key]) & (key >= query - left) & (key <= query + right)
 
-    make = torch.compile(create_block_mask) if compiled else create_block_mask
+    make = torch.compile(create_block_mask, backend=backend) if compiled else create_block_mask
     block_mask = make(mask, None, None, num_tokens, num_tokens, device=str(device))
-    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    function = torch.compile(flex_attention, dynamic=False, backend=backend) if compiled else flex_attention
     grouped = case.num_heads != case.num_kv_heads
     batched = [tensor.transpose(0, 1)[None].contiguous() for tensor in inputs]
     return Prepared(
@@ -213,12 +214,12 @@ def sdpa(case: Attention, inputs: list[Tensor], backend: SDPBackend | None) -> P
 
 def peers(device: torch.device) -> dict[str, Peer]:
     """By name, ours first. On a CPU, SDPA has one backend and Flex is not compiled."""
-    known: dict[str, Peer] = {"bivec": bivec, "eager, padded": eager}
+    known: dict[str, Peer] = {"bivec": bivec, EAGER: eager}
     if device.type == "cuda":
         known["SDPA flash, padded"] = lambda case, inputs: sdpa(case, inputs, SDPBackend.FLASH_ATTENTION)
         known["SDPA cuDNN, padded"] = lambda case, inputs: sdpa(case, inputs, SDPBackend.CUDNN_ATTENTION)
     known["SDPA as torch chooses, padded"] = lambda case, inputs: sdpa(case, inputs, None)
     known["torch varlen"] = torch_varlen
-    known["flex, document mask"] = lambda case, inputs: flex(case, inputs, compiled=device.type == "cuda")
+    known[FLEX] = lambda case, inputs: flex(case, inputs, compiled=device.type == "cuda")
     known["flash-attn varlen"] = flash_attn
     return known

@@ -6,29 +6,36 @@
 
 TFLOP/s count the three products that forward and backward need (6 N M E), also as a share of what the device reaches in
 a matrix product in the same run. Errors are against float64, the largest of the loss and of each gradient as a share
-of the largest value, beside those of eager PyTorch in the same dtype; they stop where float64 would not fit. The peak
-is what a step takes beyond the embeddings, with their gradients.
+of the largest value, beside those of eager PyTorch in the same dtype; who is further off than truth.py allows has no
+speed. On a CPU there is no truth where it would take minutes. The peak is what a step takes beyond the embeddings,
+with their gradients. On CUDA `breakdowns` says which kernels a step of ours spends its time in, and small losses are
+timed as captured graphs too, ours and eager PyTorch's.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..kernels import reference
+from .breakdown import breakdown
+from .cases import Case, Results
 from .contrastive_peers import PEERS, TEMPERATURE, Contrastive
 from .machine import describe_machine
-from .timing import argument_parser, error_text, measure, ratio, report
+from .timing import argument_parser, compiles_only, cuda_graph, error_text, measure, num_rounds, ratio
+from .truth import contrastive_in_pieces, largest_error, wrong
 
 # queries, and hard negatives of each
 CASES = {
     "cpu": [(512, 0), (512, 1), (4096, 0), (4096, 1), (16384, 0)],
-    "cuda": [(size, negatives) for size in (512, 4096, 16384, 65536) for negatives in (0, 1)],
+    "cuda": [(65536, 0), (512, 0), (4096, 0), (16384, 0), (512, 1), (4096, 1), (16384, 1), (65536, 1)],
 }
 QUICK = [(96, 0), (130, 1)]
-TRUTH_SCORES = 2**25  # of the float64 matrix of the truth
-ROUND_FLOPS = {"cpu": 6e11, "cuda": 1e15}  # as many rounds as make this up, within bounds
+TRUTH_SCORES = {"cpu": 2**25, "cuda": 2**34}  # of the truth, which is computed in pieces
+GRAPHED = 4096  # queries, at most, whose step is launches more than work
+ROUND_FLOPS = {"cpu": 6e11, "cuda": 3e14}  # as many rounds as make this up, within bounds
+COMPILED = ("bivec", "eager, torch.compile")
 
 
 def step(queries: Tensor, keys: Tensor, loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
@@ -45,47 +52,56 @@ def step(queries: Tensor, keys: Tensor, loss: Callable[[], Tensor]) -> Callable[
     return run
 
 
-def exact_results(queries: Tensor, keys: Tensor) -> list[Tensor]:
-    """Loss and gradients in float64."""
-    queries, keys = (rows.detach().double().requires_grad_() for rows in (queries, keys))
-    loss = reference.contrastive_loss(queries, keys, temperature=TEMPERATURE)
-    return [loss.detach(), *torch.autograd.grad(loss, (queries, keys))]
-
-
-def largest_error(results: list[Tensor], truth: list[Tensor]) -> float:
-    shares = [(got - exact).abs().max() / exact.abs().max() for got, exact in zip(results, truth, strict=True)]
-    return max(share.item() for share in shares)
-
-
-def run_case(case: Contrastive, device: torch.device, rounds: int | None, ceiling: float) -> list[dict]:
+def run_case(
+    case: Contrastive, device: torch.device, rounds: int | None, ceiling: float, results: Results | None = None
+) -> list[dict]:
     queries, keys = case.inputs(device)
-    truth = exact_results(queries, keys) if case.num_queries * case.num_keys <= TRUTH_SCORES else None
-    variants: dict[str, Callable[[], list[Tensor]] | str] = {}
+    truth = None
+    if case.num_queries * case.num_keys <= TRUTH_SCORES[device.type]:
+        truth = contrastive_in_pieces(queries, keys, TEMPERATURE)
+    steps: dict[str, Callable[[], list[Tensor]] | str] = {}
     errors: dict[str, float] = {}
     for name, peer in PEERS.items():
+        if rounds == 0 and name not in COMPILED:
+            continue
         try:
             loss = peer(case, queries, keys)
-            variants[name] = loss if isinstance(loss, str) else step(queries, keys, loss)
+            steps[name] = loss if isinstance(loss, str) else step(queries, keys, loss)
             if truth is not None and not isinstance(loss, str):
                 errors[name] = largest_error(step(queries, keys, loss)(), truth)
         except Exception as error:  # a peer that cannot do this case stands in the result with its reason
-            variants[name] = error_text(error)
+            steps[name] = error_text(error)
+    variants: dict[str, Callable[[], object] | str] = {}
+    for name, run in steps.items():
+        variants[name] = wrong(errors.get(name), case.dtype, errors.get("eager")) or run
+        if device.type == "cuda" and name in ("bivec", "eager") and callable(run) and case.num_queries <= GRAPHED:
+            variants[f"{name}, CUDA graph"] = graphed(run)
     queries.grad = keys.grad = None
-    rounds = rounds or max(2, min(15, int(ROUND_FLOPS[device.type] / case.flops)))
+    if rounds is None:
+        rounds = max(2, min(15, int(ROUND_FLOPS[device.type] / case.flops)))
     timings = measure(variants, rounds=rounds, warmup=1, reverse=True, device=device)
+    if results is not None and device.type == "cuda" and rounds and callable(variants["bivec"]):
+        found = results.document.get("breakdowns", {}) | {case.name: breakdown(variants["bivec"], device)}
+        results.add(breakdowns=found)
     facts: dict = {"num_queries": case.num_queries, "num_keys": case.num_keys, "size": case.size}
     facts |= {"dtype": str(case.dtype).removeprefix("torch.")}
     rows = []
     for name, timing in timings.items():
-        row = facts | timing.row()
+        row = facts | timing.row() | {"error": errors.get(name), "eager_error": errors.get("eager")}
         if not timing.skipped:
             tflops = case.flops / timing.median / 1e12
             row |= {"tflops": tflops, "of_matmul": tflops / ceiling}
-            row |= {"error": errors.get(name), "eager_error": errors.get("eager")}
             if name != "bivec":
                 row["bivec_speedup"] = ratio(timing, timings["bivec"])
         rows.append(row)
     return rows
+
+
+def graphed(run: Callable[[], list[Tensor]]) -> Callable[[], object] | str:
+    try:
+        return cuda_graph(run)
+    except Exception as error:  # what cannot be captured stands in the result with its reason
+        return error_text(error)
 
 
 def queries_and_negatives(text: str) -> tuple[int, int]:
@@ -100,18 +116,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" and not arguments.quick else "float32")
-    cases = QUICK if arguments.quick else arguments.cases or CASES[device.type]
+    chosen = QUICK if arguments.quick else arguments.cases or CASES[device.type]
     machine = describe_machine(device, dtypes=(dtype,))
-    rows: list[dict] = []
-    for num_queries, negatives in cases:
-        case = Contrastive(num_queries, negatives, getattr(torch, dtype), 64 if arguments.quick else 768)
-        print(f"{case.num_queries} queries, {case.num_keys} keys", file=sys.stderr, flush=True)
-        rounds = arguments.rounds or (2 if arguments.quick else None)
-        rows += run_case(case, device, rounds, machine["matmul_tflops"][dtype])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    report("contrastive", rows, machine=machine, output=arguments.output, temperature=TEMPERATURE)
-    return 0
+    results = Results("contrastive", arguments, machine, temperature=TEMPERATURE)
+    rounds = num_rounds(arguments, 0) if arguments.quick or compiles_only(arguments) else arguments.rounds
+    run = functools.partial(
+        run_case, device=device, rounds=rounds, ceiling=machine["matmul_tflops"][dtype], results=results
+    )
+    sizes = [
+        Contrastive(number, negatives, getattr(torch, dtype), 64 if arguments.quick else 768)
+        for number, negatives in chosen
+    ]
+    return results.run([Case(case.name, functools.partial(run, case), case.num_bytes(device)) for case in sizes])
 
 
 if __name__ == "__main__":

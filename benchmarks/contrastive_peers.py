@@ -33,6 +33,15 @@ class Contrastive:
     size: int = 768
 
     @property
+    def name(self) -> str:
+        return f"{self.num_queries} queries, {self.num_keys} keys"
+
+    def num_bytes(self, device: torch.device) -> float:
+        """An estimate: rows and gradients in float64 and for each peer, and pieces of the truth; peers check theirs."""
+        pieces = 4 * 8 * 1024 * self.num_keys if device.type == "cuda" else 0
+        return 60.0 * (self.num_queries + self.num_keys) * self.size + pieces
+
+    @property
     def num_keys(self) -> int:
         return self.num_queries * (1 + self.negatives)
 
@@ -48,10 +57,11 @@ class Contrastive:
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """Queries and keys, each query near its positive."""
-        generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(self.num_keys, self.size, generator=generator)
-        queries = keys[: self.num_queries] + 4 * torch.randn(self.num_queries, self.size, generator=generator)
-        return [rows.to(device, self.dtype).requires_grad_() for rows in (queries, keys)]
+        generator = torch.Generator(device).manual_seed(0)
+        keys = torch.randn(self.num_keys, self.size, generator=generator, device=device)
+        noise = torch.randn(self.num_queries, self.size, generator=generator, device=device)
+        queries = keys[: self.num_queries] + 4 * noise
+        return [rows.to(self.dtype).requires_grad_() for rows in (queries, keys)]
 
 
 Loss = Callable[[], Tensor]

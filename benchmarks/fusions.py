@@ -5,9 +5,11 @@
 
 `speedup` is the time of eager PyTorch over that of the variant, of the same round; eager is what `kernels/reference.py`
 says, its norm in the form that transformers has. Weights are frozen, as under LoRA. Errors are against float64, the
-largest of the outputs and gradients as a share of the largest value.
+largest of the outputs and gradients as a share of the largest value; who is further off than truth.py allows has no
+speed. GB/s count every input, output and gradient once, also as a share of a copy in the same run; not of the head.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +22,14 @@ from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.norm import add_rms_norm, rms_norm
 from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
-from .lora import largest_error
+from .cases import Case as Measured
+from .cases import Results
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
-from .timing import argument_parser, measure, ratio, report
+from .timing import argument_parser, error_text, measure, num_rounds, ratio
+from .truth import largest_error, wrong
 
 EAGER = "eager"
+OPERATIONS = ("norm", "residual and norm", "rotary", "SwiGLU", "head and cross-entropy")
 EPS = 1e-5
 
 
@@ -42,11 +47,19 @@ class Case:
     vocab_size: int
 
 
-CASES = (
-    Case("tiny", 1024, 64, 172, 8, 4, 8, 512),
-    Case("135M", 1024, 576, 1536, 9, 3, 64, 49152),
-    Case("135M, 4096 tokens", 4096, 576, 1536, 9, 3, 64, 49152),
-)
+CASES = {
+    "cpu": (
+        Case("tiny", 1024, 64, 172, 8, 4, 8, 512),
+        Case("135M", 1024, 576, 1536, 9, 3, 64, 49152),
+        Case("135M, 4096 tokens", 4096, 576, 1536, 9, 3, 64, 49152),
+    ),
+    # fewer tokens are launches more than work there
+    "cuda": (
+        Case("1B", 16384, 2048, 8192, 32, 8, 64, 128256),
+        Case("135M", 16384, 576, 1536, 9, 3, 64, 49152),
+        Case("8B", 16384, 4096, 14336, 32, 8, 128, 128256),
+    ),
+}
 QUICK = (Case("quick", 64, 32, 80, 4, 2, 8, 100),)
 
 
@@ -57,6 +70,7 @@ class Operation:
     ours: Callable
     eager: Callable
     inputs: list[Tensor]
+    moves: bool = True  # whether its time is that of moving its inputs and outputs
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,40 +83,43 @@ def eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return total, eager_rms_norm(total, weight, eps)
 
 
-def operations(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:
-    generator = torch.Generator().manual_seed(1)
+def make_operation(name: str, case: Case, dtype: torch.dtype, device: torch.device) -> Operation:
+    generator = torch.Generator(device).manual_seed(1)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     tokens, size = case.num_tokens, case.hidden_size
-    weight, head = randn(size), randn(case.vocab_size, size) * size**-0.5
-    angles = torch.randn(tokens, case.head_dim // 2, generator=generator).to(device)
-    cos, sin = angles.cos(), angles.sin()
-    rows = torch.randperm(tokens, generator=generator)[: tokens // 5].to(device)  # MNTP masks a fifth
-    targets = torch.randint(case.vocab_size, rows.shape, generator=generator).to(device)
+    if name == "SwiGLU":
+        return Operation(swiglu, reference.swiglu, [randn(tokens, case.intermediate_size) for _ in range(2)])
+    if name == "rotary":
+        angles = randn(tokens, case.head_dim // 2, dtype=torch.float32)
+        tables = angles.cos(), angles.sin()
 
-    def with_tables(function: Callable) -> Callable:
-        return lambda query, key: function(query, key, *(t.to(_wide(query.dtype)) for t in (cos, sin)))
+        def turned(function: Callable) -> Callable:
+            return lambda query, key: function(query, key, *(table.to(_wide(query.dtype)) for table in tables))
+
+        heads = [randn(tokens, count, case.head_dim) for count in (case.num_heads, case.num_key_value_heads)]
+        return Operation(turned(apply_rotary), turned(reference.apply_rotary), heads)
+    if name == "head and cross-entropy":
+        head = randn(case.vocab_size, size) * size**-0.5
+        rows = torch.randperm(tokens, generator=generator, device=device)[: tokens // 5]  # MNTP masks a fifth
+        targets = torch.randint(case.vocab_size, rows.shape, generator=generator, device=device)
+
+        def with_head(function: Callable) -> Callable:
+            return lambda hidden: function(hidden, head.to(hidden.dtype), targets, rows=rows)
+
+        ours, eager = with_head(linear_cross_entropy), with_head(reference.linear_cross_entropy)
+        return Operation(ours, eager, [randn(tokens, size)], moves=False)
+    weight = randn(size)
 
     def with_weight(function: Callable) -> Callable:
         return lambda *x: function(*x, weight.to(x[0].dtype), EPS)
 
-    def with_head(function: Callable) -> Callable:
-        return lambda hidden: function(hidden, head.to(hidden.dtype), targets, rows=rows)
-
-    heads = [randn(tokens, count, case.head_dim) for count in (case.num_heads, case.num_key_value_heads)]
-    gates = [randn(tokens, case.intermediate_size) for _ in range(2)]
+    if name == "norm":
+        return Operation(with_weight(rms_norm), with_weight(eager_rms_norm), [randn(tokens, size)])
     sums = [randn(tokens, size) for _ in range(2)]
-    return {
-        "norm": Operation(with_weight(rms_norm), with_weight(eager_rms_norm), sums[:1]),
-        "residual and norm": Operation(with_weight(add_rms_norm), with_weight(eager_add_rms_norm), sums),
-        "rotary": Operation(with_tables(apply_rotary), with_tables(reference.apply_rotary), heads),
-        "SwiGLU": Operation(swiglu, reference.swiglu, gates),
-        "head and cross-entropy": Operation(
-            with_head(linear_cross_entropy), with_head(reference.linear_cross_entropy), sums[:1]
-        ),
-    }
+    return Operation(with_weight(add_rms_norm), with_weight(eager_add_rms_norm), sums)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -111,44 +128,70 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: bfloat16 alone on CUDA")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes half a minute")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    rounds = arguments.rounds or (3 if arguments.quick else 15)
-    rows: list[dict] = []
-    busy: list[float] = []
-    for dtype in arguments.dtypes:
-        for case in QUICK if arguments.quick else CASES:
-            others = BusyElsewhere()
-            for name, operation in operations(case, getattr(torch, dtype), device).items():
-                labels = {"operation": name, "case": case.name, "dtype": dtype, "num_tokens": case.num_tokens}
-                rows += [labels | row for row in run(operation, device, rounds, not arguments.no_compile)]
-            busy.append(others.cores())
-    report("fusions", rows, machine=describe_machine(device), cores_busy_elsewhere=max(busy), output=arguments.output)
+    machine = describe_machine(device)
+    busy = [0.0]
+
+    def rows_of(case: Case, dtype: str, name: str) -> list[dict]:
+        others = BusyElsewhere()
+        operation = make_operation(name, case, getattr(torch, dtype), device)
+        rounds = num_rounds(arguments, 15, quick=3)
+        labels = {"operation": name, "case": case.name, "dtype": dtype, "num_tokens": case.num_tokens}
+        rows = run(operation, device, rounds, not arguments.no_compile, machine["copy_gb_per_s"])
+        busy.append(others.cores())
+        return [labels | row | {"cores_busy_elsewhere": busy[-1]} for row in rows]
+
+    cases = [
+        Measured(
+            f"{name}, {case.name}, {dtype}",
+            functools.partial(rows_of, case, dtype, name),
+            # the head's weight and logits in float64, forward and backward; else some ten times the widest rows
+            50.0 * case.vocab_size * (case.hidden_size + case.num_tokens // 5)
+            if name.startswith("head")
+            else 160.0 * case.num_tokens * case.intermediate_size,
+        )
+        for case in (QUICK if arguments.quick else CASES[device.type])
+        for dtype in arguments.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"])
+        for name in OPERATIONS
+    ]
+    status = Results("fusions", arguments, machine).run(cases)
     warn_if_disturbed(max(busy))
-    return 0
+    return status
 
 
-def run(operation: Operation, device: torch.device, rounds: int, compiles: bool) -> list[dict]:
-    inputs = [tensor.clone().requires_grad_() for tensor in operation.inputs]
+def run(operation: Operation, device: torch.device, rounds: int, compiles: bool, copy_rate: float) -> list[dict]:
+    inputs = [tensor.requires_grad_() for tensor in operation.inputs]
     with torch.no_grad():
         outputs = as_tuple(operation.eager(*inputs))
-    generator = torch.Generator().manual_seed(2)
-    upstream = [torch.randn(x.shape, generator=generator).to(device, x.dtype) for x in outputs]
+    generator = torch.Generator(device).manual_seed(2)
+    upstream = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype) for x in outputs]
     functions = {EAGER: operation.eager, "bivec": operation.ours}
     if compiles:
         torch.compiler.reset()
         functions["torch.compile"] = torch.compile(operation.eager, dynamic=False)
-    variants = {name: forward_and_backward(function, inputs, upstream) for name, function in functions.items()}
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     truth = forward_and_backward(operation.eager, exact_inputs, [grad.double() for grad in upstream])()
+    variants: dict[str, Callable | str] = {}
+    errors: dict[str, float] = {}
+    for name, function in functions.items():
+        variant = forward_and_backward(function, inputs, upstream)
+        try:
+            errors[name] = largest_error(variant(), truth)
+            variants[name] = wrong(errors[name], inputs[0].dtype, errors.get(EAGER)) or variant
+        except Exception as error:
+            variants[name] = error_text(error)
+    del truth, exact_inputs
     timings = measure(variants, rounds=rounds, warmup=3, reverse=True, device=device)
+    moved = sum(x.numel() * x.element_size() for x in (*inputs, *inputs, *outputs, *outputs))
     rows = []
     for name, timing in timings.items():
-        row = timing.row() | {"speedup": ratio(timings[EAGER], timing)}
-        if timing.skipped is None:
-            row["error"] = largest_error(variants[name](), truth)
+        row = timing.row() | {"speedup": ratio(timings[EAGER], timing), "error": errors.get(name)}
+        if operation.moves and not timing.skipped:
+            row |= {"gb_per_s": moved / timing.median / 1e9}
+            row |= {"of_copy": row["gb_per_s"] / copy_rate}
         rows.append(row)
     return rows
 

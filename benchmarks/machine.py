@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -27,7 +29,9 @@ def describe_machine(device: str | torch.device = "cpu", dtypes: Sequence[str] =
     model, flags = _cpu()
     facts = {
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        # a copy without .git cannot know it: whoever copies may say it in the environment
+        "commit": _commit() or os.environ.get("BIVEC_COMMIT"),
+        "source": source_digest(),
         "python": platform.python_version(),
         # torch's own name of its version tells the build, +cpu or +cu130, which the package's need not
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
@@ -115,6 +119,17 @@ def _cpu() -> tuple[str, list[str]]:
             elif key in ("flags", "Features"):
                 flags = set(value.split())
     return model, [flag for flag in CPU_FLAGS if flag in flags]
+
+
+@functools.cache
+def source_digest() -> str:
+    """What the package's Python files hold, in 16 digits: the same for the same code, whether committed or copied."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    layers = ("kernels", "texts", "engine", "training", "benchmarks")
+    for path in sorted(path for layer in layers for path in (package / layer).rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _commit() -> str | None:

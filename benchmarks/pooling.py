@@ -7,9 +7,10 @@ GB/s count the hidden states once forward, and backward their gradient once (wit
 also as a share of what the device reaches in a copy in the same run. A padded peer is given padded hidden states,
 whose making is not timed, and its bytes are those of the real tokens. Errors are against float64 on the first texts,
 the largest of the vectors and of the gradient as a share of the largest value, beside the padded mean's in the same
-dtype.
+dtype; who is further off than truth.py allows has no speed.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.pooling import pool
 from .attention import real_lengths
-from .contrastive import largest_error
+from .cases import Case, Results
 from .machine import describe_machine
-from .timing import argument_parser, error_text, measure, ratio, report
+from .timing import argument_parser, error_text, measure, num_rounds, ratio
+from .truth import largest_error, wrong
 
 NORM_EPS = 1e-5
 TRUTH_SEQUENCES = 16  # that the error is measured on
@@ -52,10 +54,23 @@ class Pooling:
 
     def inputs(self, device: torch.device) -> list[Tensor]:
         """Hidden states, the norm's weight, the upstream gradient of the vectors."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         shapes = [(sum(self.lengths), self.size), (self.size,), (len(self.lengths), self.size)]
-        hidden, weight, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
-        return [hidden.to(device, self.dtype), weight.to(device, self.dtype), upstream.to(device)]
+        dtypes = (self.dtype, self.dtype, torch.float32)
+        return [
+            torch.randn(shape, generator=generator, device=device).to(dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.size}, {self.dtype}, {'with' if self.norm else 'no'} norm"
+
+    @property
+    def num_bytes(self) -> float:
+        """An estimate, the padded peer's float32 copies included."""
+        padded = len(self.lengths) * max(self.lengths) * self.size
+        return 8.0 * self.dtype.itemsize * sum(self.lengths) * self.size + 16.0 * padded
 
 
 @dataclass
@@ -137,6 +152,7 @@ PEERS: dict[str, Peer] = {
     "eager, packed, segment_reduce": segment_reduce,
     "packed, index_add, torch.compile": partial(index_add, mean=_compiled_mean),
 }
+COMPILED = ("bivec", "packed, index_add, torch.compile")
 
 
 def choose_cases(device: torch.device, quick: bool) -> list[Pooling]:
@@ -182,15 +198,18 @@ def run_case(case: Pooling, device: torch.device, rounds: int, copy_rate: float)
     ready: dict[str, dict[str, Callable[[], Tensor]] | str] = {}
     errors: dict[str, float] = {}
     for name, peer in PEERS.items():
+        if rounds == 0 and name not in COMPILED:
+            continue
         try:
             prepared = peer(case, hidden, weight)
             if isinstance(prepared, str):
                 ready[name] = prepared
                 continue
-            ready[name] = ways = directions(prepared, upstream)
+            ways = directions(prepared, upstream)
             results = (ways["forward"](), prepared.unpack(ways["both"]()))
             first = [result[: len(exact)] for result, exact in zip(results, truth, strict=True)]
             errors[name] = largest_error(first, truth)
+            ready[name] = wrong(errors[name], case.dtype, errors.get(PADDED)) or ways
         except Exception as error:  # a peer that cannot do this case stands in the result with its reason
             ready[name] = error_text(error)
     p10, p50, p90 = np.percentile(case.lengths, [10, 50, 90]).tolist()
@@ -202,10 +221,10 @@ def run_case(case: Pooling, device: torch.device, rounds: int, copy_rate: float)
         timings = measure(variants, rounds=rounds, reverse=True, device=device, flush_cache=device.type == "cuda")
         for name, timing in timings.items():
             row = facts | {"direction": direction} | timing.row()
+            row |= {"error": errors.get(name), "padded_error": errors.get(PADDED)}
             if not timing.skipped:
                 gigabytes = case.least_bytes(direction) / timing.median / 1e9
                 row |= {"gb_per_s": gigabytes, "of_copy": gigabytes / copy_rate}
-                row |= {"error": errors[name], "padded_error": errors.get(PADDED)}
                 if name != "bivec":
                     row["bivec_speedup"] = ratio(timing, timings["bivec"])
             rows.append(row)
@@ -215,17 +234,14 @@ def run_case(case: Pooling, device: torch.device, rounds: int, copy_rate: float)
 def main(argv: list[str] | None = None) -> int:
     arguments = argument_parser(__doc__).parse_args(argv)
     device = torch.device(arguments.device)
-    rounds = arguments.rounds or (2 if arguments.quick else 15)
     machine = describe_machine(device)
-    rows: list[dict] = []
-    for case in choose_cases(device, arguments.quick):
-        label = f"{case.name}, {case.size}, {case.dtype}, {'with' if case.norm else 'no'} norm"
-        print(label, file=sys.stderr, flush=True)
-        rows += run_case(case, device, rounds, machine["copy_gb_per_s"])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    report("pooling", rows, machine=machine, output=arguments.output)
-    return 0
+    run = functools.partial(
+        run_case, device=device, rounds=num_rounds(arguments, 15), copy_rate=machine["copy_gb_per_s"]
+    )
+    cases = choose_cases(device, arguments.quick)
+    return Results("pooling", arguments, machine).run(
+        [Case(case.label, functools.partial(run, case), case.num_bytes) for case in cases]
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bivec.benchmarks import attention
-from bivec.benchmarks.attention_peers import Attention
+from bivec.benchmarks.attention_peers import EAGER, Attention, flex, peers
 
 
 def test_scores_of_a_window_are_counted_one_by_one():
@@ -29,7 +29,7 @@ def test_quick_run_measures_every_peer(capsys, monkeypatch):
         assert row["skipped"] or row["tflops"] > 0
         if not row["skipped"] and "dropout" not in row["case"]:
             assert row["error"] < 1e-5, row["name"]
-            assert row.get("gradient_error", 0.0) < 1e-5, row["name"]
+            assert (row["gradient_error"] or 0.0) < 1e-5, row["name"]
     ran = {row["name"] for row in rows if not row["skipped"]}
     assert {"bivec", "eager, padded", "SDPA as torch chooses, padded", "flex, document mask"} <= ran
     assert all(row["skipped"] is None for row in rows if row["name"] == "bivec")
@@ -44,3 +44,42 @@ def test_real_lengths_fill_the_tokens_and_never_change():
     assert sum(lengths) == pytest.approx(4096, abs=512)
     assert min(lengths) >= 16
     assert max(lengths) <= 512
+
+
+def test_who_is_wrong_has_no_speed():
+    case = Attention("causal", (5, 9), 2, 1, 16, torch.float32, window_size=(-1, 0))
+    known = peers(torch.device("cpu"))
+
+    def sees_all(given: Attention, inputs):
+        return known[EAGER](Attention("", given.lengths, 2, 1, 16, torch.float32), inputs)
+
+    entrants = {"bivec": known[EAGER], "sees all": sees_all, "honest": known[EAGER]}
+    rows = attention.run_case(case, entrants, torch.device("cpu"), 1, (1.0, 1.0), quick=True)
+    assert len(rows) == 9
+    for row in rows:
+        if row["name"] == "sees all":
+            assert row["skipped"].startswith("wrong: error ")
+            assert row["median_s"] is None
+            assert "tflops" not in row
+            assert row["error"] > 0.1
+        else:
+            assert row["skipped"] is None
+
+
+def test_flex_never_meets_the_limit_of_compilations():
+    limit = torch._dynamo.config.recompile_limit
+    for number in range(limit + 1):
+        case = Attention("", (3, 4 + number), 2, 1, 16, torch.float32)
+        prepared = flex(case, case.inputs(torch.device("cpu")), compiled=True, backend="eager")
+        with torch.no_grad():
+            prepared.attend(*prepared.inputs[:3])
+
+
+def test_the_most_telling_cases_come_first_and_have_flex():
+    names = [
+        case.name
+        for case in attention.choose_cases(["long", "short", "mix", "windows", "dropout"], torch.bfloat16, False)
+    ]
+    assert tuple(names[: len(attention.FIRST)]) == attention.FIRST
+    assert len(set(names)) == len(names) == 3 * 15
+    assert set(attention.WITH_FLEX) - set(names) == {"mix, causal"}

@@ -6,7 +6,7 @@ from bivec.benchmarks import fusions
 
 
 def test_quick_run_measures_every_variant(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(fusions, "describe_machine", lambda _: {"cpu": "any"})
+    monkeypatch.setattr(fusions, "describe_machine", lambda _: {"cpu": "any", "copy_gb_per_s": 1.0})
     arguments = ["--quick", "--no-compile", "--device", "cpu", "--output", str(tmp_path / "r.json")]
     assert fusions.main(arguments) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])

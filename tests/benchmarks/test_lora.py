@@ -6,7 +6,7 @@ from bivec.benchmarks import lora
 
 
 def test_quick_run_measures_every_variant(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(lora, "describe_machine", lambda _: {"cpu": "any"})
+    monkeypatch.setattr(lora, "describe_machine", lambda _: {"cpu": "any", "copy_gb_per_s": 1.0})
     assert lora.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "r.json")]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads((tmp_path / "r.json").read_text())

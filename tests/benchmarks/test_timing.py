@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bivec.benchmarks import machine, timing
 from bivec.benchmarks.machine import copy_rate, describe_machine, matmul_rate, other_cpu_seconds
 from bivec.benchmarks.timing import Timing, argument_parser, cuda_graph, measure, ratio, report, table
 
@@ -103,6 +104,43 @@ def test_a_variant_that_raises_is_recorded_and_stops_no_other():
     assert math.isnan(timings["warm"].median)
 
 
+def test_on_cuda_the_device_is_kept_busy_until_everything_is_launched(monkeypatch):
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: order.append(f"busy {cycles / timing.CYCLES_PER_SECOND:g}")
+    )
+    cuda = torch.device("cuda")
+    assert timing._seconds(lambda: order.append("call"), cuda, 2, None, host_seconds=0.004) == 1.5e-3
+    assert order == ["busy 0.008", "event", "call", "call", "event", "wait"]
+    order.clear()
+    timing._seconds(lambda: None, cuda, 1, None)
+    timing._seconds(lambda: None, cuda, 1, None, host_seconds=9.0)
+    assert [step for step in order if "busy" in step] == ["busy 0.001", "busy 0.02"]
+
+
+def test_without_rounds_variants_are_warmed_up_and_not_timed():
+    calls: list[str] = []
+    found = measure({"a": recorded(calls, "a"), "gone": "is not installed"}, rounds=0, warmup=1)
+    assert calls == ["a"]
+    assert (found["a"].seconds, found["a"].skipped) == ([], None)
+    assert ratio(found["a"], found["a"]) is None
+
+
 def test_an_interrupt_is_not_swallowed():
     def interrupted():
         raise KeyboardInterrupt
@@ -177,6 +215,17 @@ def test_other_processes_are_told_from_our_own_work():
         disturbed = other_cpu_seconds() - before
         neighbour.kill()
     assert disturbed > alone + 0.3
+
+
+def test_a_copy_without_git_is_told_what_it_is(monkeypatch):
+    monkeypatch.setattr(machine, "_commit", lambda: None)
+    monkeypatch.setenv("BIVEC_COMMIT", "4d3c2b1")
+    monkeypatch.setattr(machine, "_best_seconds", lambda *_: 1.0)
+    facts = describe_machine("cpu", dtypes=["float32"])
+    assert facts["commit"] == "4d3c2b1"
+    assert len(facts["source"]) == 16
+    monkeypatch.setattr(machine, "_commit", lambda: "abc-dirty")
+    assert describe_machine("cpu", dtypes=["float32"])["commit"] == "abc-dirty"
 
 
 def test_common_options():
