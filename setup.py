@@ -23,7 +23,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"bivec": ["py.typed"], "bivec.engine": ["default_model/*", "default_model/*/*"]},
+    package_data={
+        "bivec": ["py.typed"],
+        "bivec.engine": ["default_model/*", "default_model/*/*"],
+        "bivec.kernels.attention": ["tiles.json"],
+    },
     entry_points={"console_scripts": ["bivec = bivec.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",

@@ -1,9 +1,15 @@
 """Tile sizes of the attention kernels: from head dimension, dtype, device capability and the kind of mask.
 
-What a sequence's result is, bit by bit, depends on these and on its own length, so no tuner runs and no batch is asked.
+What a sequence's result is, bit by bit, depends on these and on its own length, so no batch is asked and nothing is
+tuned while it runs: the table beside this file is committed. Its tiles were chosen by compiling, the widest that keep
+every value in registers: looking at positions and drawing a mask take some that wider tiles do not have, true float32
+products run outside the tensor cores with both operands in registers, and consumer chips (8.6, 8.9, 12.x) have 99 KiB
+of shared memory to a block instead of 163 or more.
 """
 
 import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,89 +59,27 @@ INTERPRETER = AttentionTiles(
     short_backward=Tiles(32, 16, 1, 1),
 )
 
-# by the padded head dimension; chosen by compiling: the widest tiles that keep every value in registers
-SIXTEEN_BIT = {
-    64: AttentionTiles(
-        short=64,
-        forward=Tiles(128, 64, 8, 3),
-        backward_dq=Tiles(128, 64, 8, 2),
-        backward_dkv=Tiles(64, 128, 8, 2),
-        short_forward=Tiles(64, 64, 4, 2),
-        short_backward=Tiles(64, 64, 4, 1),
-    ),
-    128: AttentionTiles(
-        short=64,
-        forward=Tiles(128, 64, 8, 3),
-        backward_dq=Tiles(128, 64, 8, 2),
-        backward_dkv=Tiles(32, 128, 8, 2),
-        short_forward=Tiles(64, 64, 4, 2),
-        short_backward=Tiles(64, 64, 8, 1),
-    ),
-    256: AttentionTiles(
-        short=32,
-        forward=Tiles(64, 32, 4, 2),
-        backward_dq=Tiles(64, 32, 8, 2),
-        backward_dkv=Tiles(32, 64, 8, 2),
-        short_forward=Tiles(64, 32, 8, 2),
-        short_backward=Tiles(32, 32, 8, 1),
-    ),
-}
+TABLE = Path(__file__).with_name("tiles.json")
 
-# looking at positions, and drawing a mask, take registers that wider tiles do not have
-SIXTEEN_BIT_WINDOW = SIXTEEN_BIT | {128: SIXTEEN_BIT[128]._replace(short_backward=Tiles(16, 64, 4, 1))}
-SIXTEEN_BIT_RANDOM = SIXTEEN_BIT_WINDOW | {
-    64: SIXTEEN_BIT[64]._replace(backward_dkv=Tiles(64, 64, 8, 2), short_backward=Tiles(64, 64, 8, 1)),
-    128: SIXTEEN_BIT_WINDOW[128]._replace(backward_dkv=Tiles(32, 64, 8, 2)),
-}
 
-# consumer chips (8.6, 8.9, 12.x) have 99 KiB of shared memory to a block instead of 163 or more
-SIXTEEN_BIT_SMALL = {
-    64: SIXTEEN_BIT_RANDOM[64],
-    128: AttentionTiles(
-        short=32,
-        forward=Tiles(64, 64, 4, 2),
-        backward_dq=Tiles(64, 32, 4, 2),
-        backward_dkv=Tiles(32, 64, 8, 1),
-        short_forward=Tiles(64, 32, 4, 1),
-        short_backward=Tiles(32, 32, 4, 1),
-    ),
-    256: AttentionTiles(
-        short=16,
-        forward=Tiles(32, 32, 4, 1),
-        backward_dq=Tiles(32, 32, 8, 1),
-        backward_dkv=Tiles(32, 32, 8, 1),
-        short_forward=Tiles(32, 16, 4, 1),
-        short_backward=Tiles(32, 16, 8, 1),
-    ),
-}
+@functools.cache
+def load_table() -> dict[str, AttentionTiles]:
+    """`tiles.json`: what tells a configuration from the others, as "sm_90 16-bit D128 window", to its tiles.
 
-# true float32 products run outside the tensor cores, with both operands in registers: small tiles
-FLOAT32 = {
-    64: AttentionTiles(
-        short=32,
-        forward=Tiles(64, 32, 8, 2),
-        backward_dq=Tiles(64, 32, 8, 2),
-        backward_dkv=Tiles(32, 64, 8, 2),
-        short_forward=Tiles(32, 32, 4, 1),
-        short_backward=Tiles(32, 32, 8, 1),
-    ),
-    128: AttentionTiles(
-        short=32,
-        forward=Tiles(32, 32, 8, 2),
-        backward_dq=Tiles(32, 32, 8, 2),
-        backward_dkv=Tiles(32, 32, 8, 2),
-        short_forward=Tiles(32, 32, 8, 1),
-        short_backward=Tiles(16, 32, 8, 1),
-    ),
-    256: AttentionTiles(
-        short=16,
-        forward=Tiles(32, 16, 8, 1),
-        backward_dq=Tiles(16, 16, 8, 1),
-        backward_dkv=Tiles(16, 32, 8, 1),
-        short_forward=Tiles(16, 16, 8, 1),
-        short_backward=Tiles(16, 16, 8, 1),
-    ),
-}
+    D64 stands for every head dimension up to 64, `window` for causal masks too, and `random` for dropout and annealed
+    masks with or without a window.
+    """
+    table = json.loads(TABLE.read_text())
+    return {
+        name: AttentionTiles(short=row.pop("short"), **{kernel: Tiles(*tile) for kernel, tile in row.items()})
+        for name, row in table.items()
+    }
+
+
+def write_table(table: dict[str, AttentionTiles]) -> None:
+    """Write `tiles.json` anew, a row to a line; what runs has the old one until `load_table.cache_clear()`."""
+    rows = [f"  {json.dumps(name)}: {json.dumps(tiles._asdict())}" for name, tiles in table.items()]
+    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, mask: AttentionMask) -> AttentionTiles:
@@ -150,13 +94,16 @@ def padded_head_dim(head_dim: int) -> int:
 
 def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], mask: AttentionMask) -> AttentionTiles:
     """Tiles for a head dimension padded to `block_d`, a power of two from 16 to 256."""
-    if dtype == torch.float32:
-        return FLOAT32[max(64, block_d)]
-    if capability[0] >= 12 or (capability[0] == 8 and capability[1] > 0):
-        return SIXTEEN_BIT_SMALL[max(64, block_d)]
-    if mask.random:
-        return SIXTEEN_BIT_RANDOM[max(64, block_d)]
-    return (SIXTEEN_BIT_WINDOW if mask.windowed else SIXTEEN_BIT)[max(64, block_d)]
+    kind = "random" if mask.random else "window" if mask.windowed else "plain"
+    return load_table()[f"sm_{_listed_architecture(capability)} {dtype.itemsize * 8}-bit D{max(64, block_d)} {kind}"]
+
+
+@functools.cache
+def _listed_architecture(capability: tuple[int, int]) -> int:
+    """The newest architecture in the table that is not newer than the device."""
+    listed = {int(name.split()[0].removeprefix("sm_")) for name in load_table()}
+    number = capability[0] * 10 + capability[1]
+    return max((known for known in listed if known <= number), default=min(listed))
 
 
 @functools.cache
