@@ -14,9 +14,6 @@ document; TRITON_INTERPRET must not be set.
 import argparse
 import itertools
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +35,7 @@ from ..kernels.norm import kernels as norm
 from ..kernels.pooling import sums as pooling_sums
 from ..kernels.rotary import kernel as rotary
 from ..kernels.swiglu import kernels as swiglu
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from . import sass
 
 MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -201,30 +197,8 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callabl
 
 
 def resources(kernel) -> dict:
-    """Registers a thread, spilled bytes, shared memory and instructions of a compiled kernel."""
-    assembler = next(tool for name in ("ptxas-blackwell", "ptxas") if (tool := TOOLS / name).exists())
-    match = re.search(r"\.target (\S+?)[,\s]", kernel.asm["ptx"])
-    assert match is not None
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(kernel.asm["ptx"])
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [str(assembler), "-v", f"--gpu-name={match[1]}", str(ptx), "-o", str(Path(folder, "again.cubin"))]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [str(TOOLS / "nvdisasm"), "-c", str(cubin)]
-        machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    def number(pattern: str) -> int:
-        return sum(int(found) for found in re.findall(pattern, report))
-
-    return {
-        "registers": number(r"Used (\d+) registers"),
-        "spilled_bytes": number(r"(\d+) bytes spill (?:stores|loads)"),
-        "shared_bytes": kernel.metadata.shared,
-        "wgmma": len(re.findall(r"\bHGMMA\b", machine_code)),
-        "mma": len(re.findall(r"\bHMMA\b", machine_code)) + len(re.findall(r"\bUTC\w*MMA\b", machine_code)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", machine_code, re.MULTILINE)),
-    }
+    """`sass.resources` of a kernel that Triton compiled."""
+    return sass.resources(kernel.asm["cubin"], kernel.metadata.shared)
 
 
 def main() -> None:
@@ -253,10 +227,13 @@ def main() -> None:
     if arguments.write is not None:
         table = json.loads(arguments.write.read_text()) if arguments.write.exists() else {}
         table.setdefault(triton.__version__, {}).update(figures)
-        rows = {version: dict(sorted(rows.items())) for version, rows in sorted(table.items())}
-        # a row to a line
-        text = json.dumps(rows, indent=2)
-        text = re.sub(r"\{([^{}]*)\}", lambda match: "{" + " ".join(match[1].split()) + "}", text)
+        versions = []
+        for version, rows in sorted(table.items()):
+            lines = [
+                f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items())
+            ]  # a row to a line
+            versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n  }")
+        text = "{\n" + ",\n".join(versions) + "\n}"
         arguments.write.write_text(text + "\n")
     print(json.dumps({"triton": triton.__version__, "kernels": figures}))
 
