@@ -38,7 +38,9 @@ MaxLength = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
-Attention = Annotated[str, typer.Option(help="Attention backend: auto or one by name; see bivec inspect.")]
+Attention = Annotated[
+    str, typer.Option(help="Attention backend: auto, triton, varlen, flash or sdpa; bivec inspect says which and why.")
+]
 
 
 def echo(text: str, *, err: bool = False) -> None:

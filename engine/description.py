@@ -29,6 +29,7 @@ class Described(Protocol):
     windows: tuple[Window, ...]
     pooling: str
     backend: str
+    backend_reason: str
     prompts: dict[str, str]
     default_prompt_name: str | None
     asked_dtype: str | torch.dtype
@@ -80,7 +81,7 @@ def describe(encoder: Described) -> dict[str, Any]:
         "backend": {
             "device": _device_name(encoder.device),
             "dtype": f"{str(encoder.dtype).removeprefix('torch.')}: {why}",
-            "attention": runner.backend,
+            "attention": f"{runner.backend}: {encoder.backend_reason}" if encoder.backend_reason else runner.backend,
             "equal-length attention": f"one by one: {runner.one_by_one}" if runner.one_by_one else "batched",
             "cores a pass": f"1: {runner.one_core}" if runner.one_core else "any number, with the same bits",
             "row tiles": ", ".join(map(str, runner.tiles)),

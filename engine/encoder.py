@@ -16,6 +16,7 @@ from . import checkpoints, ops
 from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
+from .fastest import fastest_backend
 from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
@@ -50,6 +51,7 @@ class Encoder:
         backend: str,
         window: Window = BIDIRECTIONAL,
         asked_dtype: str | torch.dtype = "auto",
+        backend_reason: str = "",
     ):
         self.model = model
         self.config = model.config
@@ -57,7 +59,7 @@ class Encoder:
         self.checkpoint = checkpoint
         self.prompts, self.default_prompt_name = model_prompts(checkpoint)
         self._tokenizer = tokenizer
-        self.backend = backend
+        self.backend, self.backend_reason = backend, backend_reason
         self.asked_dtype = asked_dtype
         self.windows = self.config.windows(window)
         self.runner = Runner(model, backend, self.windows)
@@ -98,7 +100,9 @@ class Encoder:
                 default the `max_seq_length` of a folder in sentence-transformers' layout, else 512.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
-            attention: `auto`, `triton` (bivec's kernel), `flash` (the flash-attn package's) or `sdpa` (torch's).
+            attention: `auto`, `triton` (bivec's kernel), `varlen` (torch's FlashAttention), `flash` (the flash-attn
+                package's) or `sdpa` (torch's over texts of one length). `auto` is on CUDA what was measured to be
+                fastest on such a GPU, bivec's kernel where nothing was, and on the CPU `sdpa`.
             revision, token, cache_dir, local_files_only: as in huggingface_hub; `revision` is `model`'s.
             window: which tokens see which, `(left, right)` with -1 for all; default the run's, else `(-1, -1)`,
                 bidirectional. `(-1, 0)` is causal.
@@ -112,7 +116,11 @@ class Encoder:
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
         checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, adapters, hub)
         config = load_config(checkpoint.base)
-        backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
+        if attention == "auto":
+            backend, backend_reason = fastest_backend(config, chosen_device, chosen_dtype)
+        else:
+            backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
+            backend_reason = "asked for"
         if max_length is None:
             max_length = own_max_length(checkpoint.tokenizer)
         max_length = min(max_length, config.max_position_embeddings)
@@ -129,6 +137,7 @@ class Encoder:
                 backend=backend,
                 window=window or (run.window if run else BIDIRECTIONAL),
                 asked_dtype=dtype,
+                backend_reason=backend_reason,
             )
 
     def __reduce__(self) -> NoReturn:

@@ -16,7 +16,7 @@ from ..kernels.norm import add_rms_norm, rms_norm
 from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, Window
-from .ops import attention
+from .ops import attention, list_tiles
 from .packing import PackedBatch
 
 LAYER_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd: it reaches every 64-bit number; as a signed one
@@ -70,6 +70,7 @@ class Attention(nn.Module):
         dropout_p: float,
         future_p: float,
         seeds: torch.Tensor | None,  # int64 (S,), this layer's
+        tile_list: torch.Tensor | None,
     ) -> torch.Tensor:
         projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projections)
@@ -77,7 +78,16 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary(query, key, cos, sin)
         attended = attention(
-            query, key, value, batch, window, backend, dropout_p=dropout_p, future_p=future_p, seeds=seeds
+            query,
+            key,
+            value,
+            batch,
+            window,
+            backend,
+            dropout_p=dropout_p,
+            future_p=future_p,
+            seeds=seeds,
+            tile_list=tile_list,
         )
         return self.o_proj(attended.flatten(1))
 
@@ -151,8 +161,9 @@ class LlamaModel(nn.Module):
         """
         hidden_states = self.embed_tokens(batch.input_ids)
         cos, sin = self.rotary_tables(batch.positions)
+        tile_list = list_tiles(batch, backend)
         for layer, window in zip(self.layers, windows or self.config.bidirectional_windows, strict=True):
-            arguments = (hidden_states, cos, sin, batch, window, backend, dropout_p, future_p, seeds)
+            arguments = (hidden_states, cos, sin, batch, window, backend, dropout_p, future_p, seeds, tile_list)
             if checkpoint_activations:
                 # the state of torch's generator with it: LoRA's dropout draws its seed from there
                 hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=True)
@@ -171,9 +182,10 @@ class LlamaModel(nn.Module):
         """
         hidden_states = self.embed_tokens(batch.input_ids)
         cos, sin = self.rotary_tables(batch.positions)
+        tile_list = list_tiles(batch, backend)
         for layer, window in zip(self.layers, windows or self.config.bidirectional_windows, strict=True):
             yield hidden_states
-            hidden_states = layer(hidden_states, cos, sin, batch, window, backend, 0.0, 1.0, None)
+            hidden_states = layer(hidden_states, cos, sin, batch, window, backend, 0.0, 1.0, None, tile_list)
         yield self.norm(hidden_states)
 
 

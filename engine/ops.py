@@ -4,25 +4,27 @@ Shapes: T packed tokens, S sequences, H query heads, G key/value heads, D head d
 """
 
 import importlib.util
-from collections.abc import Callable
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..kernels.attention.padded import varlen_attention as padded_attention
 from .config import Window
 from .cores import check_cores
 from .packing import PackedBatch
 
-ATTENTION_BACKENDS = ("triton", "flash", "sdpa")
+ATTENTION_BACKENDS = ("triton", "varlen", "flash", "sdpa")
 
 
 def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The attention backend for `attention` on a device: "auto", or one of `ATTENTION_BACKENDS`.
 
-    `triton` is bivec's own kernel, `flash` the flash-attn package's, `sdpa` torch's over groups of equal length, or
-    `kernels/attention/padded.py` for training on the CPU and for random masks.
+    `triton` is bivec's own kernel, `varlen` torch's FlashAttention over packed sequences, `flash` the flash-attn
+    package's, `sdpa` torch's over groups of equal length, or `kernels/attention/padded.py` for training on the CPU and
+    for random masks.
 
     Raises:
         ValueError: an explicit request that cannot be met; only "auto" chooses.
@@ -35,11 +37,16 @@ def choose_backend(attention: str, device: torch.device, dtype: torch.dtype, hea
         raise ValueError(f"attention {attention!r} needs a CUDA device, got {device}")
     if attention == "triton" and not 16 <= head_dim <= 256:
         raise ValueError(f"attention 'triton' needs a head dimension of 16 to 256, got {head_dim}")
-    if attention == "flash":
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"attention 'flash' needs bfloat16 or float16, got {dtype}")
-        if importlib.util.find_spec("flash_attn") is None:
-            raise ValueError("attention 'flash' needs the flash-attn package: pip install 'bivec[flash]'")
+    if attention in ("varlen", "flash") and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention {attention!r} needs bfloat16 or float16, got {dtype}")
+    if attention == "varlen":
+        if head_dim % 8 or head_dim > 256:
+            raise ValueError(f"attention 'varlen' needs a head dimension of 8, 16, 24 ... 256, got {head_dim}")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ValueError("attention 'varlen' needs a GPU of capability 8.0 or more, got {}.{}".format(*capability))
+    if attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("attention 'flash' needs the flash-attn package: pip install 'bivec[flash]'")
     return attention
 
 
@@ -96,54 +103,98 @@ def attention(
     future_p: float = 1.0,
     seeds: torch.Tensor | None = None,  # int64 (S,)
     together: bool = True,
+    tile_list: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given.
 
     Args:
+        tile_list: what `list_tiles` gave for the batch, the same for all layers; else `triton` makes its own.
         together: whether `sdpa` may take sequences of one length in one call.
         dropout_p: the chance that an attention probability is dropped.
         future_p: the chance that a query is shown a key ahead of it, the same for all heads.
         seeds: one a sequence; what the two hide depends on it alone, and is the same with `triton` and `sdpa`.
 
     Raises:
-        ValueError: `flash` is asked for random masks, or there are no seeds for them.
+        ValueError: `varlen` or `flash` is asked for random masks, or there are no seeds for them.
     """
     random = dropout_p > 0.0 or future_p < 1.0
-    packed_attention: Callable[..., torch.Tensor]
+    masks: dict[str, Any] = {"dropout_p": dropout_p, "future_p": future_p, "seeds": seeds}
     if backend == "triton":
         from ..kernels.attention import varlen_attention  # triton is there on Linux only
 
-        packed_attention = varlen_attention
-    elif backend == "flash":
+        output = varlen_attention(
+            query,
+            key,
+            value,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            window_size=window,
+            tile_list=tile_list,
+            **masks,
+        )
+    elif backend in ("varlen", "flash"):
         if random:
             wrong = (
                 f"dropout_p must be 0, got {dropout_p}" if dropout_p > 0.0 else f"future_p must be 1, got {future_p}"
             )
-            raise ValueError(f"{wrong}: flash-attn knows no seed of a sequence; attention must be triton or sdpa")
-        output = _flash_attention(query, key, value, batch, window)
-        return output if out is None else out.copy_(output)
+            raise ValueError(f"{wrong}: {backend} knows no seed of a sequence; attention must be triton or sdpa")
+        packed_attention = _torch_varlen_attention if backend == "varlen" else _flash_attention
+        output = packed_attention(query, key, value, batch, window)
     elif random or (out is None and _trains_on_cpu(query, key, value)):
-        packed_attention = padded_attention
+        output = padded_attention(
+            query,
+            key,
+            value,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            window_size=window,
+            **masks,
+        )
     else:
         return _equal_lengths_attention(query, key, value, batch, window, out, together)
-    output = packed_attention(
-        query,
-        key,
-        value,
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        window_size=window,
-        dropout_p=dropout_p,
-        future_p=future_p,
-        seeds=seeds,
-    )
     return output if out is None else out.copy_(output)
+
+
+def list_tiles(batch: PackedBatch, backend: str) -> torch.Tensor | None:
+    """What all layers of a pass give to `attention`: the kernel's work over the batch, where the backend is ours.
+
+    It is made of the lengths on the device: a captured pass must make it anew in each replay.
+    """
+    if backend != "triton":
+        return None
+    from ..kernels.attention import list_tiles  # triton is there on Linux only
+
+    return list_tiles(batch.cu_seqlens, batch.num_tokens)
 
 
 def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
     """SDPA's backward is slow there, and training does not need a sequence to be bitwise the same in any batch."""
     requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return requires_grad and tensors[0].device.type == "cpu"
+
+
+def _torch_varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: PackedBatch, window: Window
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 groups heads unasked
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # from torch 2.15 on cuDNN would come first, and whether it can depends on the longest sequence
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = varlen_attn(
+            query,
+            key,
+            value,
+            batch.cu_seqlens,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.max_seqlen,
+            window_size=window,
+            **grouped,
+        )
+    assert isinstance(output, torch.Tensor)  # and no log-sum-exp, which was not asked for
+    return output
 
 
 def _flash_attention(

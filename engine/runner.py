@@ -12,6 +12,7 @@ Shapes: T packed tokens, R rows of all tiles of a pass, E hidden size, H query h
 import logging
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -141,9 +142,10 @@ class Runner:
         if self.backend == "sdpa" or num_tokens < num_rows:
             attended = hidden.new_zeros(num_rows, self.config.num_attention_heads, self.config.head_dim)
             out = attended[:num_tokens]
+        settings: dict[str, Any] = {"together": not self.one_by_one, "tile_list": ops.list_tiles(batch, self.backend)}
         for layer, window in zip(layers, windows, strict=True):
             query, key, value = (part[:num_tokens] for part in layer.project(hidden, angles, heads, tiles))
-            found = ops.attention(query, key, value, batch, window, self.backend, out=out, together=not self.one_by_one)
+            found = ops.attention(query, key, value, batch, window, self.backend, out=out, **settings)
             layer.finish(hidden, (found if attended is None else attended).flatten(1), tiles)
         return hidden[:num_tokens]
 

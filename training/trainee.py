@@ -126,8 +126,11 @@ def load_trainee(settings: TrainingSettings, device: torch.device, checkpoint: C
             raise ValueError(
                 f"{name} must be at most the model's {config.max_position_embeddings} positions, got {length}"
             )
-    if settings.attention == "flash" and (settings.attention_dropout or settings.mask_schedule == "annealed"):
-        raise ValueError("attention 'flash' cannot draw the masks of attention_dropout or mask_schedule annealed")
+    draws_masks = settings.attention_dropout or settings.mask_schedule == "annealed"
+    if settings.attention in ("varlen", "flash") and draws_masks:
+        raise ValueError(
+            f"attention {settings.attention!r} cannot draw the masks of attention_dropout or mask_schedule annealed"
+        )
     backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)
     tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), settings.max_length)
     if isinstance(settings, MntpSettings):

@@ -123,11 +123,12 @@ def test_recomputing_keeps_only_the_layers_inputs(tiny_llama_folder):
     ("random", "message"),
     [({"dropout_p": 0.1}, "dropout_p must be 0, got 0.1"), ({"future_p": 0.5}, "future_p must be 1, got 0.5")],
 )
-def test_flash_attention_refuses_random_masks(random, message):
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+def test_flash_attention_refuses_random_masks(random, message, backend):
     batch = PackedBatch.from_sequences(TEXTS)
     heads = torch.zeros(batch.num_tokens, 2, 16)
     with pytest.raises(ValueError, match=message):
-        attention(heads, heads, heads, batch, (-1, -1), "flash", seeds=SEEDS, **random)
+        attention(heads, heads, heads, batch, (-1, -1), backend, seeds=SEEDS, **random)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
