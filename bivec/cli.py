@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs.
 """
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -195,6 +196,9 @@ def train(
     if stage in ("", "-h", "--help"):
         typer.echo(context.get_help())
         raise typer.Exit(0 if stage else 2)
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # passes differ in size: without it memory is left in pieces; torch reads it when CUDA is first used
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with one_line_errors():
         from .training import read_settings, train
 

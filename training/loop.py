@@ -6,7 +6,6 @@ checkpoint is bitwise the run that was not.
 
 import logging
 import math
-import os
 import platform
 import signal
 import sys
@@ -40,15 +39,13 @@ from .divergence import find_divergence, not_finite
 from .mask_schedule import MaskSchedule
 from .optimizer import Optimizer, check_schedule
 from .output import TRACKERS, Log, check_output, clear, find_checkpoint, hold
-from .passes import Passes
+from .passes import Passes, choose_token_budget
 from .processes import Processes
 from .settings import TrainingSettings
 from .stages import Stage, make_stage
-from .trainee import Trainee, load_trainee
+from .trainee import load_trainee
 
 logger = logging.getLogger(__name__)
-
-_BUDGETS = (4096, 8192, 16384, 32768)  # tokens of a pass to choose from
 
 
 @dataclass
@@ -135,7 +132,9 @@ class _Run:
         self.trainee = load_trainee(settings, accelerator.device, model)
         self.passes = Passes(
             self.trainee,
-            token_budget=_token_budget(settings, self.trainee, saved),
+            token_budget=saved.state["token_budget"]
+            if saved is not None
+            else choose_token_budget(settings, self.trainee),
             attention_dropout=settings.attention_dropout,
             checkpoint_activations=settings.gradient_checkpointing,
             seed=settings.seed,
@@ -201,16 +200,17 @@ class _Run:
         return TrainingSummary(str(self.output), self.step, first_step, self.skipped, tokens, seconds, self.evaluation)
 
     def _prepared(self) -> Generator[Any, None, None]:
-        """The batches of the steps to come; for CUDA a thread makes them, and its copies are queued as ours are."""
+        """The batches of the steps to come, made by a thread while a step is computed."""
         device = self.accelerator.device
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        # its copies are queued where ours and the passes are: before the passes that read them
+        stream = torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
+        steps = range(self.step, self.settings.max_steps)
 
         def prepare() -> Generator[Any, None, None]:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                for step in range(self.step, self.settings.max_steps):
-                    yield self.stage.objective.prepare(step)
+            with stream:
+                yield from map(self.stage.objective.prepare, steps)
 
-        return prepare() if stream is None else ahead(prepare())
+        return ahead(prepare())
 
     def _launch_step(self, batch: Any) -> None:
         """One update, whose figures are read later."""
@@ -364,21 +364,6 @@ def _inputs(settings: TrainingSettings, model: Checkpoint) -> list[Path]:
     """The files and folders that a run reads."""
     found = [model.base, model.tokenizer, *model.adapters]
     return [*found, *map(Path, settings.data), *map(Path, settings.eval_data)]
-
-
-def _token_budget(settings: TrainingSettings, trainee: Trainee, saved: checkpoint.Saved | None) -> int:
-    """Tokens of a pass: as asked, as in the run that is resumed, or what a third of the device's memory holds."""
-    if settings.token_budget is not None:
-        return settings.token_budget
-    if saved is not None:
-        return saved.state["token_budget"]
-    if trainee.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(trainee.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fitting = memory // 3 // trainee.activation_bytes_per_token()
-    longest = max(settings.max_length, getattr(settings, "block_size", 0) or 0)
-    return max([longest, *(budget for budget in _BUDGETS if budget <= fitting)])
 
 
 @contextmanager

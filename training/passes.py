@@ -4,6 +4,7 @@ Everything random is a function of the run's seed, the step and the row, so that
 activation checkpointing, a resumed run) with the same masks.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -14,8 +15,11 @@ import torch
 from ..engine.packing import PackedBatch, on_device, pack
 from ..engine.tokens import Tokenized
 from .mask_schedule import MaskNow
+from .settings import TrainingSettings
 from .trainee import Trainee
 
+_BUDGETS = (4096, 8192, 16384, 32768)  # tokens of a pass to choose from
+_STATE_BYTES = 4 + 8  # of an element that is trained: its gradient and AdamW's moments, float32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -96,6 +100,38 @@ class Passes:
                 seeds=slab.seeds,
                 checkpoint_activations=self.checkpoint_activations and torch.is_grad_enabled(),
             )
+
+
+def choose_token_budget(settings: TrainingSettings, trainee: Trainee) -> int:
+    """Tokens of a pass: as asked, or what memory holds beside the weights and the optimizer's state.
+
+    Half of that on CUDA, as the backward and the losses need some too, and a third of all memory on the CPU. A text
+    that is longer is a pass of its own.
+    """
+    if settings.token_budget is not None:
+        return settings.token_budget
+    if trainee.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(trainee.device).total_memory
+        state = sum(parameter.numel() * _STATE_BYTES for parameter in trainee.parameters.values())
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in trainee.network.parameters())
+        kept = activation_bytes(trainee, settings.gradient_checkpointing)
+        fitting = (memory - weights - state) // 2 // kept
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        fitting = memory // 3 // activation_bytes(trainee)
+    longest = max(settings.max_length, getattr(settings, "block_size", 0) or 0)
+    return max([longest, *(budget for budget in _BUDGETS if budget <= fitting)])
+
+
+def activation_bytes(trainee: Trainee, checkpointed: bool = False) -> int:
+    """At most what a training pass keeps of a token for its backward; checkpointed, one layer's beside all inputs."""
+    config = trainee.config
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    layer = 6 * config.hidden_size + heads + 4 * config.intermediate_size
+    layers = config.num_hidden_layers * layer
+    if checkpointed:
+        layers = layer + config.num_hidden_layers * config.hidden_size
+    return layers * trainee.dtype.itemsize
 
 
 def identify(dataset: int, rows: np.ndarray, part: int | np.ndarray) -> np.ndarray:

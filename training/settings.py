@@ -64,7 +64,7 @@ class TrainingSettings:
     batch_size: int = _help("Rows of one step, over all processes.", 32)
     token_budget: int | None = _help(
         "Tokens of one pass, which memory must hold; a batch takes as many passes as it needs. "
-        "Default: 4096 on the CPU, 16384 on CUDA.",
+        "Default: by the memory of the device, at most 32768.",
         None,
     )
     max_steps: int = _help("Steps to train.", 1000)

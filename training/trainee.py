@@ -64,13 +64,6 @@ class Trainee:
         assert isinstance(self.network, LanguageModel)
         return self.network.lm_head.weight
 
-    def activation_bytes_per_token(self) -> int:
-        """Roughly what a training pass keeps of a token for its backward."""
-        config = self.config
-        heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        layer = 6 * config.hidden_size + heads + 4 * config.intermediate_size
-        return config.num_hidden_layers * layer * self.dtype.itemsize
-
     def save(self, folder: Path, description: RunDescription) -> None:
         """Write the run's files; `bivec.json` comes last, so its presence says that the others are complete."""
         folder.mkdir(parents=True, exist_ok=True)
