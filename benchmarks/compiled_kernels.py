@@ -30,7 +30,8 @@ from ..kernels.attention import operator as attention
 from ..kernels.attention import tiles as attention_tiles
 from ..kernels.contrastive import chunks as contrastive_chunks
 from ..kernels.cross_entropy import kernel as cross_entropy
-from ..kernels.lora import dropout as lora_dropout
+from ..kernels.lora import kernels as lora
+from ..kernels.lora import room_behind
 from ..kernels.norm import kernels as norm
 from ..kernels.pooling import sums as pooling_sums
 from ..kernels.rotary import kernel as rotary
@@ -148,10 +149,18 @@ def compile_contrastive(capability: int, num_keys: int, dtype: torch.dtype, term
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
-def compile_lora(capability: int) -> dict:
-    """Kernel name -> resources of the kernel that draws the LoRA linears' dropout mask, one for any shape and dtype."""
+def compile_lora(capability: int, size: int, dtype: torch.dtype, adapters: str) -> dict:
+    """Kernel name -> resources of the LoRA linears' passes under dropout: q, k and v of rank 16, that train `alone` or
+    over `frozen` ones."""
+    ranks = [16] * (6 if adapters == "frozen" else 3)
+    num_columns = sum(ranks)
+    x = torch.empty(256, size + room_behind(size, ranks), dtype=dtype)[:, :size]
+    low = x.as_strided((256, num_columns), x.stride(), size)
+    a = torch.empty(num_columns, x.stride(0), dtype=dtype)[:, :size]
     with collected_launches(capability) as launches:
-        lora_dropout.draw_keep_mask((256, 64), 1000, 0, torch.device("cpu"))
+        bits = lora.low_rank(x, a, low, 48, 1000, 2**62, 1.05)
+        lora.add_grad_x(torch.empty(256, size, dtype=dtype), low.contiguous(), a, bits, 48, 1.05)
+        lora.grad_a(x, low.contiguous(), bits, 48, 1.05)
     return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
 
 
@@ -180,9 +189,6 @@ def compile_fusions(capability: int, size: int, dtype: torch.dtype, pass_: str) 
 
 def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[..., dict], tuple]]:
     """What tells a configuration from the others, what compiles it, and its arguments after the capability."""
-    if arguments.operation == "lora":
-        yield "dropout", compile_lora, ()
-        return
     compile_operation: Callable[[int, int, torch.dtype, str], dict]
     if arguments.operation == "attention":
         compile_operation, letter, sizes, kinds = compile_attention, "D", arguments.head_dim, arguments.mask
@@ -190,6 +196,8 @@ def configurations(arguments: argparse.Namespace) -> Iterator[tuple[str, Callabl
         compile_operation, letter, sizes, kinds = compile_contrastive, "M", arguments.num_keys, arguments.terms
     elif arguments.operation == "fusions":
         compile_operation, letter, sizes, kinds = compile_fusions, "E", arguments.size, ["forward", "backward"]
+    elif arguments.operation == "lora":
+        compile_operation, letter, sizes, kinds = compile_lora, "E", arguments.hidden_size, ["alone", "frozen"]
     else:
         compile_operation, letter, sizes, kinds = compile_pooling, "E", arguments.hidden_size, arguments.norm
     for dtype, size, kind in itertools.product(arguments.dtype, sizes, kinds):
@@ -211,7 +219,7 @@ def main() -> None:
     parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS), help="attention")
     parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536], help="contrastive")
     parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"], help="contrastive")
-    parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling")
+    parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling, lora")
     parser.add_argument("--norm", nargs="+", default=["none", "rms"], choices=["none", "rms"], help="pooling")
     parser.add_argument("--size", type=int, nargs="+", default=[576, 2048, 8192], help="fusions")
     parser.add_argument("--write", type=Path, help="merge the figures into this table")

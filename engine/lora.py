@@ -3,18 +3,25 @@
     inject_adapter_in_model(LoraConfig(...), model)
     fuse_lora_layers(model)
 
+On a GPU the weights of linears that share an input, and of one with an adapter, are views of a `LoraStack`, made when
+they are first computed, and again where something has put other weights in their place. Adapters may be changed by an
+optimizer of torch and by whatever torch counts as a write (`load_state_dict`, `copy_`), not in place through `.data`.
+
 Saving, merging, disabling and further adapters stay PEFT's. A layer that the kernel does not cover (DoRA and the other
 variants, a merged or disabled adapter, autocast, several adapters that train) takes PEFT's own forward at that call.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from ..kernels.lora import LoraLinear, lora_linears
+from ..kernels.lora import LoraLinear, lora_linears, room_behind
+
+if TYPE_CHECKING:
+    from ..kernels.lora.stack import LoraStack
 
 
 class FusedLoraLinear(PeftLoraLinear):
@@ -28,12 +35,16 @@ class FusedLoraLinear(PeftLoraLinear):
         if not args and not kwargs:
             linear, dropout_p = _as_lora_linear(self, x)
             if linear is not None:
-                return lora_linears(x, [linear], dropout_p=dropout_p, seed=_draw_seed(dropout_p))[0]
+                return _compute(x, [self], [linear], dropout_p, 0)[0]
         return super().forward(x, *args, **kwargs)
 
     @staticmethod
-    def forward_together(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
-        """The outputs of linears that share the input x `(T, in)`, plain ones among them; their mask is one too."""
+    def forward_together(x: torch.Tensor, modules: Sequence[nn.Module], room: int = 0) -> tuple[torch.Tensor, ...]:
+        """The outputs of linears that share the input x `(T, in)`, plain ones among them; their mask is one too.
+
+        Args:
+            room: columns of memory behind x that may be written to, at best `room_together`.
+        """
         linears, chances = [], set()
         for module in modules:
             linear, dropout_p = _as_lora_linear(module, x)
@@ -44,8 +55,44 @@ class FusedLoraLinear(PeftLoraLinear):
                 chances.add(dropout_p)
         if len(chances) > 1:
             return tuple(module(x) for module in modules)
-        dropout_p = chances.pop() if chances else 0.0
-        return lora_linears(x, linears, dropout_p=dropout_p, seed=_draw_seed(dropout_p))
+        return _compute(x, modules, linears, chances.pop() if chances else 0.0, room)
+
+    @staticmethod
+    def room_together(modules: Sequence[nn.Module]) -> int:
+        """Columns of memory behind the input of these linears that spare passes over their outputs; 0 on the CPU."""
+        layers: list[Any] = [module for module in modules if isinstance(module, FusedLoraLinear)]
+        if not layers or not _stacks_on(layers[0].base_layer.weight.device):
+            return 0
+        ranks = [layer.r[name] for layer in layers for name in layer.active_adapters if name in layer.lora_A]
+        return room_behind(layers[0].in_features, ranks)
+
+
+def _stacks_on(device: torch.device) -> bool:
+    """Where passes over memory cost more than calls."""
+    return device.type == "cuda"
+
+
+def _compute(
+    x: torch.Tensor, modules: Sequence[nn.Module], linears: list[LoraLinear], dropout_p: float, room: int
+) -> tuple[torch.Tensor, ...]:
+    stack = None
+    if _stacks_on(x.device):
+        stack = _stack(modules, linears)
+        linears = [linear._replace(weight=weight) for linear, weight in zip(linears, stack.weights, strict=True)]
+    return lora_linears(x, linears, dropout_p=dropout_p, seed=_draw_seed(dropout_p), stack=stack, room=room)
+
+
+def _stack(modules: Sequence[nn.Module], linears: Sequence[LoraLinear]) -> "LoraStack":
+    """That of these modules, of which it is the only memory of their weights."""
+    from ..kernels.lora.stack import LoraStack  # needs triton
+
+    keeper: Any = next(module for module in modules if isinstance(module, FusedLoraLinear))
+    stack = keeper.__dict__.get("_lora_stack")
+    if stack is None or not stack.holds(linears):
+        stack = keeper.__dict__["_lora_stack"] = LoraStack(linears)
+        for module, weight in zip(modules, stack.weights, strict=True):
+            getattr(module, "base_layer", module).weight.data = weight
+    return stack
 
 
 def fuse_lora_layers(model: nn.Module) -> int:

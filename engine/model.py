@@ -22,13 +22,25 @@ from .packing import PackedBatch
 LAYER_SEED_STEP = 0x9E3779B97F4A7C15 - 2**64  # odd: it reaches every 64-bit number; as a signed one
 
 
-def project(hidden_states: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
-    """The outputs of linears that share their input; where LoRA layers are fused (`lora.py`), of one call for all."""
+def project(hidden_states: torch.Tensor, *linears: nn.Module, room: int = 0) -> tuple[torch.Tensor, ...]:
+    """The outputs of linears that share their input; where LoRA layers are fused (`lora.py`), of one call for all.
+
+    `room`: columns of memory behind the input's rows that are free, as `room_behind_input` asked for them.
+    """
     for linear in linears:
         together = getattr(linear, "forward_together", None)
         if together is not None:
-            return together(hidden_states, linears)
+            return together(hidden_states, linears, room)
     return tuple(linear(hidden_states) for linear in linears)
+
+
+def room_behind_input(*linears: nn.Module) -> int:
+    """How many columns of memory `project` wants behind the rows of these linears' input."""
+    for linear in linears:
+        room = getattr(linear, "room_together", None)
+        if room is not None:
+            return room(linears)
+    return 0
 
 
 class RMSNorm(nn.Module):
@@ -38,12 +50,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, *, room: int = 0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of `hidden_states`; with a residual the sum of the two and the norm of the sum."""
         if residual is None:
-            return rms_norm(hidden_states, self.weight, self.eps)
-        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
+            return rms_norm(hidden_states, self.weight, self.eps, room=room)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps, room=room)
 
 
 class Attention(nn.Module):
@@ -59,6 +71,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
+    def room_behind_input(self) -> int:
+        return room_behind_input(self.q_proj, self.k_proj, self.v_proj)
+
     def forward(
         self,
         hidden_states: torch.Tensor,  # (T, E)
@@ -71,8 +86,9 @@ class Attention(nn.Module):
         future_p: float,
         seeds: torch.Tensor | None,  # int64 (S,), this layer's
         tile_list: torch.Tensor | None,
+        room: int = 0,
     ) -> torch.Tensor:
-        projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        projections = project(hidden_states, self.q_proj, self.k_proj, self.v_proj, room=room)
         query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projections)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
@@ -99,9 +115,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+    def room_behind_input(self) -> int:
+        return room_behind_input(self.gate_proj, self.up_proj)
+
+    def forward(self, hidden_states: torch.Tensor, room: int = 0) -> torch.Tensor:
+        gate, up = project(hidden_states, self.gate_proj, self.up_proj, room=room)
+        room = room_behind_input(self.down_proj)
+        return project(swiglu(gate, up, room=room), self.down_proj, room=room)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -113,9 +133,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *attention_arguments) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), *attention_arguments)
-        hidden_states, normed = self.post_attention_layernorm(attended, hidden_states)
-        return hidden_states + self.mlp(normed)
+        room = self.self_attn.room_behind_input()
+        attended = self.self_attn(self.input_layernorm(hidden_states, room=room), *attention_arguments, room=room)
+        room = self.mlp.room_behind_input()
+        hidden_states, normed = self.post_attention_layernorm(attended, hidden_states, room=room)
+        return hidden_states + self.mlp(normed, room)
 
 
 class LlamaModel(nn.Module):

@@ -98,7 +98,8 @@ class Optimizer:
             saved = tensors.get(f"parameter.{name}")
             if saved is None or saved.shape != parameter.shape:
                 raise ValueError(f"the checkpoint has no parameter {name} of shape {tuple(parameter.shape)}")
-            parameter.data.copy_(saved)
+            with torch.no_grad():  # a write that torch counts: LoRA linears on a GPU look for it
+                parameter.copy_(saved)
             moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
             if moments:
                 # unless it is fused, adamw keeps its step on the host

@@ -4,16 +4,17 @@
 
 `lora_linears` does it for linears that share their input (q/k/v, gate/up): their A's are one stacked product, forward
 and backward. No gradient is computed for a frozen weight; x Aᵀ and the dropout mask are computed again in the backward.
-`reference.py` says the same in eager PyTorch. `T` packed tokens, `r` a rank, `R` the sum of the ranks of a call.
+`reference.py` says the same in eager PyTorch. `T` packed tokens, `r` a rank, `R` the sum of the ranks of a call. This
+is the CPU's form; on a GPU, where passes over memory count, `stack.py` makes one product of a linear and its adapters.
 
 The mask is Philox 4x64-10 (Salmon et al., 2011), numpy's stream for the key `seed`: sixteen bits an element in memory
-order, little end first; `dropout.py` draws the same bits on a GPU. An element is dropped when its bits are below
+order, little end first; `kernels.py` draws the same bits on a GPU. An element is dropped when its bits are below
 `round(dropout_p * 2**16)`, and what is kept is scaled by the exact reciprocal of the chance of being kept.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,13 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import describe
 
+if TYPE_CHECKING:
+    from .stack import LoraStack
+
 LANES = 2**16  # values of an element's random bits
 CHUNK = 2**17  # elements whose random bits stay in the cache
+UNIT = 8  # columns that a rank is rounded up to on a GPU: 16 bytes in 16 bits
+LINE = 64  # columns whose rows begin where a line of memory does, 128 bytes in 16 bits
 
 
 class LoraLinear(NamedTuple):
@@ -133,10 +139,6 @@ def _low_rank(x: Tensor, dropped: Tensor, stacked: Tensor, blocks: Sequence[_Blo
 
 def _keep(x: Tensor, threshold: int, seed: int) -> Tensor:
     """Which elements of x stay, bool (T, in)."""
-    if x.is_cuda:
-        from .dropout import draw_keep_mask  # needs triton
-
-        return draw_keep_mask(tuple(x.shape), threshold, seed, x.device)
     keep = np.empty(x.numel(), dtype=np.bool_)
     random = np.random.Philox(key=seed)
     for start in range(0, keep.size, CHUNK):
@@ -166,8 +168,26 @@ def lora_linear(
     return lora_linears(x, [(weight, bias, lora_a, lora_b, scaling)], dropout_p=dropout_p, seed=seed)[0]
 
 
+def padded_rank(rank: int) -> int:
+    return -(-rank // UNIT) * UNIT
+
+
+def room_behind(size: int, ranks: Sequence[int]) -> int:
+    """Columns of memory behind an input of `size` with which a GPU takes linears and adapters of these ranks as one.
+
+    The `room` of `lora_linears`, and of what computes its input.
+    """
+    return -(-(size + sum(map(padded_rank, ranks))) // LINE) * LINE - size if ranks else 0
+
+
 def lora_linears(
-    x: Tensor, linears: Sequence[LoraLinear | tuple], *, dropout_p: float = 0.0, seed: int | None = None
+    x: Tensor,
+    linears: Sequence[LoraLinear | tuple],
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    stack: "LoraStack | None" = None,
+    room: int = 0,
 ) -> tuple[Tensor, ...]:
     """The outputs `(T, out)` of linears that share the input `x` `(T, in)`, with one product for all their A's.
 
@@ -176,6 +196,11 @@ def lora_linears(
     dropout_p        in [0, 1), a multiple of 2 ** -16 by rounding: elements of x that the adapters in training do not
                      see. The linears of a call share the mask
     seed             an integer in [0, 2 ** 64), needed with dropout: a seed gives the same mask on any run
+    stack            for a GPU, a `stack.LoraStack` that `holds` these linears and spares copying their weights in
+                     each call; it takes over adapters that have changed
+    room             for a GPU, how many columns that follow each row of x in memory are free to be written to: x is a
+                     part `buffer[:, :in]` of a buffer that has them. With `room_behind` of them nothing is added to
+                     outputs in passes of its own
 
     Differentiable, once, in x and each lora_a and lora_b. Raises ValueError for arguments that break these rules.
     """
@@ -187,6 +212,12 @@ def lora_linears(
     if threshold and (not isinstance(seed, int) or not 0 <= seed < 2**64):
         raise ValueError(f"seed must be an integer in [0, 2 ** 64) with dropout_p above 0, got {seed!r}")
     kept = 1.0 - threshold / LANES
+    if x.is_cuda or stack is not None:
+        from .stack import stacked_lora_linears  # needs triton
+
+        return stacked_lora_linears(
+            x, layers, stack, dropout_threshold=threshold, seed=seed, kept_scale=1.0 / kept, room=room
+        )
     adapters = [
         (place, linear.lora_a, linear.lora_b, linear.scaling / kept)
         for place, linear in enumerate(layers)

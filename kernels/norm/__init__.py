@@ -20,8 +20,8 @@ from ..chunks import is_small, row_chunks, rows_to_a_chunk, wide_dtype
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
-        total, normed, rstd = _norm(x, residual, weight, eps)
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int):
+        total, normed, rstd = _norm(x, residual, weight, eps, room)
         ctx.has_residual = residual is not None
         ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
         ctx.set_materialize_grads(False)
@@ -32,20 +32,20 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, *grads):
         grad_total, grad_normed = grads if ctx.has_residual else (None, *grads)
         if grad_normed is None:  # only the sum was used
-            return grad_total, grad_total, None, None
+            return grad_total, grad_total, None, None, None
         total, weight, rstd = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[2]
         grad_x, grad_weight = _norm_backward(grad_normed, grad_total, total, weight, rstd, needs_weight)
         grad_residual = grad_x if ctx.has_residual else None
-        return grad_x, grad_residual, grad_weight.to(weight.dtype) if needs_weight else None, None
+        return grad_x, grad_residual, grad_weight.to(weight.dtype) if needs_weight else None, None, None
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (T, E), empty without a residual; the normed rows (T, E); float32 1 / rms (T, 1)."""
     if x.is_cuda:
         from .kernels import norm_forward  # triton is there on Linux only
 
-        return norm_forward(x, residual, weight, eps)
+        return norm_forward(x, residual, weight, eps, room)
     return _norm_by_chunks(x, residual, weight, eps)
 
 
@@ -119,24 +119,26 @@ def _scratch(x: Tensor, wide: torch.dtype) -> Tensor | None:
     return None if x.dtype == wide else x.new_empty((2, rows_to_a_chunk(*x.shape), x.shape[1]), dtype=wide)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, room: int = 0) -> Tensor:
     """`x / sqrt(mean(x²) + eps) * weight` over the last dimension; (..., E), (E,) -> (..., E).
 
-    Computed in float32 and rounded once to x's dtype; a row's result depends on that row alone. Differentiable, once,
-    in x and weight. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Computed in float32 and rounded once to x's dtype; a row's result depends on that row alone. On a GPU the result's
+    rows have `room` columns of memory behind them, for what reads them to write to. Differentiable, once, in x and
+    weight. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(x, weight)
     # without a gradient few calls count more than memory: threads that run side by side meet at each
     if is_small(x) or (torch.is_inference_mode_enabled() and not x.is_cuda):
         return _norm_at_once(x, weight, eps)
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps).view(x.shape)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps, room).view(x.shape)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, room: int = 0) -> tuple[Tensor, Tensor]:
     """`total = x + residual` and `rms_norm(total, weight, eps)`; (..., E), (..., E), (E,) -> two of (..., E).
 
     The sum has the wider dtype of the two and is rounded to it before it is normalised, as a separate addition would.
-    Differentiable, once, in x, residual and weight. Raises ValueError for shapes, dtypes or devices that do not fit.
+    `room` as in `rms_norm`. Differentiable, once, in x, residual and weight. Raises ValueError for shapes, dtypes or
+    devices that do not fit.
     """
     _check(x, weight)
     if residual.shape != x.shape or not residual.is_floating_point() or residual.device != x.device:
@@ -150,7 +152,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         total = x + residual
         return total, _norm_at_once(total, weight, eps)
     size = x.shape[-1]
-    total, normed = _RMSNorm.apply(x.reshape(-1, size), residual.reshape(-1, size), weight, eps)
+    total, normed = _RMSNorm.apply(x.reshape(-1, size), residual.reshape(-1, size), weight, eps, room)
     return total.view(x.shape), normed.view(x.shape)
 
 

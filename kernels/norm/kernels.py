@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import INTERPRETED, narrow
+from ..room import empty_with_room
 
 MAX_PROGRAMS = 1024  # partial sums of the weight's gradient
 
@@ -25,6 +26,7 @@ def _norm_fwd_kernel(
     num_rows,
     stride_x,
     stride_residual,
+    stride_normed,
     eps,
     HAS_RESIDUAL: tl.constexpr,
     SIZE: tl.constexpr,
@@ -47,7 +49,7 @@ def _norm_fwd_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
     weight = tl.load(weight_ptr + offs_e, mask=offs_e < SIZE, other=0.0).to(tl.float32)
     normed = narrow(x * rstd[:, None] * weight[None, :], normed_ptr.dtype.element_ty, UPCAST)
-    tl.store(normed_ptr + offsets * SIZE + columns, normed, mask=inside)
+    tl.store(normed_ptr + offsets * stride_normed + columns, normed, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -115,10 +117,13 @@ def _contiguous_rows(rows: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("bivec::rms_norm", mutates_args=())
-def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (T, E), empty without a residual; the normed rows (T, E); float32 1 / rms (T, 1)."""
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum (T, E), empty without a residual; the normed rows (T, E) with `room` columns of memory behind each;
+    float32 1 / rms (T, 1)."""
     num_rows, size = x.shape
-    total, normed, rstd = _forward_outputs(x, residual)
+    total, normed, rstd = _forward_outputs(x, residual, room)
     if x.numel() == 0:
         return total, normed, rstd
     x = _contiguous_rows(x)
@@ -135,6 +140,7 @@ def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
             num_rows=num_rows,
             stride_x=x.stride(0),
             stride_residual=added.stride(0),
+            stride_normed=normed.stride(0),
             eps=eps,
             HAS_RESIDUAL=residual is not None,
             **tile,
@@ -142,14 +148,14 @@ def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return total, normed, rstd
 
 
-def _forward_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_outputs(x: Tensor, residual: Tensor | None, room: int) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty(0 if residual is None else x.shape)
-    return total, x.new_empty(x.shape), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return total, empty_with_room(x, x.shape, room), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 @norm_forward.register_fake
-def _(x, residual, weight, eps):
-    return _forward_outputs(x, residual)
+def _(x, residual, weight, eps, room=0):
+    return _forward_outputs(x, residual, room)
 
 
 @torch.library.custom_op("bivec::rms_norm_backward", mutates_args=())

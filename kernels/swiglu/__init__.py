@@ -16,21 +16,21 @@ from ..chunks import CHUNK_ELEMENTS, is_small
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor):
+    def forward(ctx, gate: Tensor, up: Tensor, room: int):
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
+        return _swiglu(gate, up, room)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return _swiglu_backward(grad, *ctx.saved_tensors)
+        return *_swiglu_backward(grad, *ctx.saved_tensors), None
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, room: int) -> Tensor:
     if gate.is_cuda:
         from .kernels import swiglu_forward  # triton is there on Linux only
 
-        return swiglu_forward(gate, up)
+        return swiglu_forward(gate, up, room)
     return _swiglu_by_chunks(gate, up)
 
 
@@ -39,7 +39,8 @@ def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     if gate.is_cuda:
         from .kernels import swiglu_backward
 
-        return swiglu_backward(grad, gate, up)
+        grad_gate, grad_up = swiglu_backward(grad, gate, up).unbind(1)
+        return grad_gate.view(gate.shape), grad_up.view(gate.shape)
     return _swiglu_backward_by_chunks(grad, gate, up)
 
 
@@ -61,13 +62,14 @@ def _swiglu_backward_by_chunks(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[
     return grad_gate, grad_up
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, room: int = 0) -> Tensor:
     """`silu(gate) * up`, elementwise, in the inputs' dtype.
 
+    On a GPU the result's rows have `room` columns of memory behind them, for what reads them to write to.
     Differentiable, once, in both. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     if not gate.is_floating_point():
         raise ValueError(f"gate must be floating point, got {describe(gate)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(f"up must be {describe(gate)} on {gate.device} like gate, got {describe(up)} on {up.device}")
-    return torch.nn.functional.silu(gate) * up if is_small(gate) else _SwiGLU.apply(gate, up)
+    return torch.nn.functional.silu(gate) * up if is_small(gate) else _SwiGLU.apply(gate, up, room)

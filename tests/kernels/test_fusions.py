@@ -42,9 +42,14 @@ def place(request, device, monkeypatch) -> str:
         monkeypatch.setattr(norm, "_norm_backward_by_chunks", norm_kernels.norm_backward)
         monkeypatch.setattr(rotary, "_rotate_by_chunks", rotary_kernel.rotate)
         monkeypatch.setattr(swiglu, "_swiglu_by_chunks", swiglu_kernels.swiglu_forward)
-        monkeypatch.setattr(swiglu, "_swiglu_backward_by_chunks", swiglu_kernels.swiglu_backward)
+        monkeypatch.setattr(swiglu, "_swiglu_backward_by_chunks", side_by_side)
         monkeypatch.setattr(cross_entropy, "_eager_rows", cross_entropy_kernel.differentiate_rows)
     return device
+
+
+def side_by_side(grad, gate, up):
+    both = swiglu_kernels.swiglu_backward(grad, gate, up)
+    return both[:, 0].view(gate.shape), both[:, 1].view(gate.shape)
 
 
 @pytest.fixture
@@ -208,6 +213,28 @@ def test_swiglu_of_strided_inputs_and_gradients(place):
     )
 
 
+@pytest.fixture
+def fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("shape", [(37, 24), (1, 101), (0, 8)], ids=str)
+def test_room_behind_rows_is_left_alone(device, fresh_memory_is_nan, shape):
+    x, residual, weight = randn(20, shape, shape, shape[1:], device=device)
+    num_rows, size = shape
+    for function, arguments, place in (
+        (norm_kernels.norm_forward, (x, residual, weight, EPS), 1),
+        (swiglu_kernels.swiglu_forward, (x, residual), slice(None)),
+    ):
+        with_room, alone = function(*arguments, 16)[place], function(*arguments)[place]
+        assert torch.equal(with_room, alone)
+        buffer = with_room.as_strided((num_rows, size + 16), (size + 16, 1))
+        assert buffer[:, size:].isnan().all()
+
+
 def language_model(vocab_size, num_tokens=90, size=24, dtype=torch.float32, device="cpu"):
     hidden, weight = randn(10, (num_tokens, size), (vocab_size, size), dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(11)
@@ -306,10 +333,12 @@ def test_opcheck(device):
     for operator, arguments in (
         (norm_kernels.norm_forward, (x, grad, weight, EPS)),
         (norm_kernels.norm_forward, (x, None, weight, EPS)),
+        (norm_kernels.norm_forward, (x, grad, weight, EPS, 5)),
         (norm_kernels.norm_backward, (grad, x, x, weight, rstd, True)),
         (norm_kernels.norm_backward, (grad, None, x, weight, rstd, False)),
         (rotary_kernel.rotate, (x.view(9, 3, 8), x.view(9, 3, 8), *tables, True)),
         (swiglu_kernels.swiglu_forward, (x, grad)),
+        (swiglu_kernels.swiglu_forward, (x, grad, 5)),
         (swiglu_kernels.swiglu_backward, (grad, x, grad)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=faithful)
@@ -326,7 +355,8 @@ def test_reference_has_the_same_signatures():
         cross_entropy.linear_cross_entropy,
     ):
         theirs = inspect.signature(getattr(reference, function.__name__))
-        assert list(theirs.parameters) == list(inspect.signature(function).parameters)
+        ours = [name for name in inspect.signature(function).parameters if name != "room"]  # where, and not what
+        assert list(theirs.parameters) == ours
 
 
 X, INDICES = torch.ones(4, 8), torch.arange(4)
