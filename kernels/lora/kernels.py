@@ -296,7 +296,7 @@ def low_rank(x: Tensor, a: Tensor, low: Tensor, num_trained: int, threshold: int
                 scale=scale,
                 NUM_TRAINED=num_trained,
                 NUM_FROZEN=num_frozen,
-                BLOCK_K=64,
+                BLOCK_K=tile["BLOCK_M"],
                 num_warps=4,
                 **tile,
             )

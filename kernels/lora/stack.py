@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..room import with_room
 from . import LoraLinear, padded_rank, room_behind
 from .kernels import add_grad_x, grad_a, low_rank
-
 
 # of any optimizer: fused ones write without changing a tensor's version
 _num_steps = 0
@@ -33,7 +33,7 @@ def _count_step(*_) -> None:
     _num_steps += 1
 
 
-torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Adapter(NamedTuple):
@@ -122,7 +122,9 @@ class LoraStack:
 
 def _adapters(linears: Sequence[LoraLinear]) -> list[tuple[Tensor, Tensor, float]]:
     """Those in training come first."""
-    trained = [(one.lora_a, one.lora_b, one.scaling) for one in linears if one.lora_a is not None]
+    trained = [
+        (one.lora_a, one.lora_b, one.scaling) for one in linears if one.lora_a is not None and one.lora_b is not None
+    ]
     return trained + [adapter for linear in linears for adapter in linear.frozen]
 
 
