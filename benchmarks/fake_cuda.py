@@ -162,9 +162,9 @@ class FakeCuda:
         return self.total.counts
 
     @contextmanager
-    def section(self) -> Iterator[Section]:
-        """What happens within the block, in all threads."""
-        section = Section()
+    def section(self, section: Section | None = None) -> Iterator[Section]:
+        """What happens within the block, in all threads; added to a section that is given."""
+        section = section or Section()
         self._sections.append(section)
         try:
             yield section

@@ -35,7 +35,7 @@ _PRODUCTS = {
 
 class Stream:
     def __init__(self, *_, **__):
-        self.device, self.cuda_stream = CUDA, 0
+        self.device, self.device_index, self.cuda_stream = CUDA, 0, 0
 
     def wait_stream(self, stream: "Stream") -> None:
         pass
@@ -51,6 +51,9 @@ class Stream:
 
     def synchronize(self) -> None:
         active().hazard("sync", "Stream.synchronize")
+
+    def is_capturing(self) -> bool:
+        return active().capturing is not None
 
 
 class Event:
@@ -81,6 +84,12 @@ class Graph:
     def __init__(self, *_, **__):
         self.counts = Counts()
 
+    def capture_begin(self, *_, **__) -> None:
+        active().capturing = self
+
+    def capture_end(self) -> None:
+        active().capturing = None
+
     def replay(self) -> None:
         active().note("graph replay", Counts(replays=1))
 
@@ -93,12 +102,11 @@ class Graph:
 
 @contextmanager
 def _capture(graph: Graph, *_, **__) -> Iterator[None]:
-    fake = active()
-    fake.capturing = graph
+    graph.capture_begin()
     try:
         yield
     finally:
-        fake.capturing = None
+        graph.capture_end()
 
 
 class _Block:
@@ -184,6 +192,9 @@ def patches(fake: FakeCuda) -> Iterator[AbstractContextManager]:
     }
     for name, value in runtime.items():
         yield mock.patch.object(torch.cuda, name, value)
+    accelerator: dict[str, Any] = {"is_available": lambda: True, "current_stream": Stream}
+    for name, value in accelerator.items():
+        yield mock.patch.object(torch.accelerator, name, value)
     for function in (JITFunction, InterpretedFunction):
         yield mock.patch.object(function, "run", _launch)
     for name, method in {"to": _to, "cuda": _cuda, "pin_memory": _pin_memory, "is_pinned": _is_pinned}.items():
