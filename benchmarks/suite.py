@@ -22,6 +22,7 @@ from .texts import DATA
 from .timing import table
 
 BENCHMARKS = ("attention", "contrastive", "pooling", "fusions", "lora", "embed", "job", "train")
+OTHERS = ("tune-attention", "fastest-attention")
 _WITH_TEXTS = ("embed", "job", "train")
 # of results' names; what a larger model would take too long for is made smaller
 _STEPS: dict[str, dict[str, list[str]]] = {
@@ -46,9 +47,9 @@ def run(name: str, argv: list[str]) -> int:
         return _run_all(argv)
     if name == "report":
         return _report(argv)
-    if name not in BENCHMARKS:
-        raise ValueError(f"NAME must be one of {', '.join(BENCHMARKS)}, all, report, got {name!r}")
-    return importlib.import_module(f"..{name}", __name__).main(argv)
+    if name not in (*BENCHMARKS, *OTHERS):
+        raise ValueError(f"NAME must be one of {', '.join((*BENCHMARKS, *OTHERS))}, all, report, got {name!r}")
+    return importlib.import_module(f"..{name.replace('-', '_')}", __name__).main(argv)
 
 
 def _run_all(argv: list[str]) -> int:

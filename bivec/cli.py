@@ -216,7 +216,7 @@ def benchmark(
     """Measure bivec against eager PyTorch and its peers, side by side in one run.
 
     NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these at sizes that suit the
-    device; or report, for the tables of results.
+    device; report, for the tables of results; tune-attention or fastest-attention, for what is chosen on a GPU.
 
     Example: bivec benchmark embed --quick --output embed.json
     """

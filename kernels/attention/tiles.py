@@ -76,10 +76,10 @@ def load_table() -> dict[str, AttentionTiles]:
     }
 
 
-def write_table(table: dict[str, AttentionTiles]) -> None:
+def write_table(table: dict[str, AttentionTiles], path: Path = TABLE) -> None:
     """Write `tiles.json` anew, a row to a line; what runs has the old one until `load_table.cache_clear()`."""
     rows = [f"  {json.dumps(name)}: {json.dumps(tiles._asdict())}" for name, tiles in table.items()]
-    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, mask: AttentionMask) -> AttentionTiles:
@@ -95,7 +95,12 @@ def padded_head_dim(head_dim: int) -> int:
 def tiles_for(block_d: int, dtype: torch.dtype, capability: tuple[int, int], mask: AttentionMask) -> AttentionTiles:
     """Tiles for a head dimension padded to `block_d`, a power of two from 16 to 256."""
     kind = "random" if mask.random else "window" if mask.windowed else "plain"
-    return load_table()[f"sm_{_listed_architecture(capability)} {dtype.itemsize * 8}-bit D{max(64, block_d)} {kind}"]
+    return load_table()[row_name(block_d, dtype, capability, kind)]
+
+
+def row_name(block_d: int, dtype: torch.dtype, capability: tuple[int, int], kind: str) -> str:
+    """Which row of the table is a device's, for a kind of mask: plain, window or random."""
+    return f"sm_{_listed_architecture(capability)} {dtype.itemsize * 8}-bit D{max(64, block_d)} {kind}"
 
 
 @functools.cache
