@@ -174,8 +174,9 @@ def tile_name(tile: Tiles) -> str:
 
 def workloads(kernel: str, row: Row, dtype: torch.dtype, quick: bool) -> list[Attention]:
     """What a kernel is timed at: one length and a mix; what it leaves to another is not there."""
-    short = row.present.short
+    short, windows = row.present.short, WINDOWS[row.mask]
     if kernel.startswith("short"):
+        windows = windows[:1]  # the others are wider than a short sequence
         mix = tuple(length for length in ((5, 16, 9) if quick else real_lengths(65536)) if length <= short)
         lengths = {"short mix": mix, f"uniform {short}": (short,) * (2 if quick else 65536 // short)}
     elif quick:
@@ -186,7 +187,7 @@ def workloads(kernel: str, row: Row, dtype: torch.dtype, quick: bool) -> list[At
         Attention(f"D{head_dim}, {label}, window {window}", given, *_heads(head_dim), head_dim, dtype, window)
         for head_dim in row.head_dims
         for label, given in lengths.items()
-        for window in WINDOWS[row.mask]
+        for window in windows
         if given
     ]
 

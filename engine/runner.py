@@ -88,6 +88,8 @@ class Runner:
     def __call__(self, batch: PackedBatch, windows: Sequence[Window] | None = None) -> torch.Tensor:
         """Last hidden states `(T, E)` before the final norm, in the compute dtype.
 
+        Threads may call with CUDA streams of their own; a batch is of the stream that is the current one.
+
         Args:
             windows: one a layer; default the runner's.
         """

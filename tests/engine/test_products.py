@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bivec import Encoder
 from bivec.engine.layers import CpuLayer
 from bivec.engine.model import LlamaModel
 from bivec.engine.packing import PackedBatch
@@ -92,3 +93,12 @@ def test_settings_of_products_hold_for_as_long_as_one_needs_them(monkeypatch):
     assert settings() == ((False, False), (False, False), "cublaslt")
     second.__exit__(None, None, None)
     assert settings() == ((True, True), (False, True), "default")
+
+
+def test_inspect_says_how_products_are_computed(tiny_llama_folder, monkeypatch):
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
+    encoder.runner.products = "without split-K: why"
+    assert "matrix products" not in encoder.describe()["backend"]
+    monkeypatch.setattr(Encoder, "device", property(lambda encoder: torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert encoder.describe()["backend"]["matrix products"] == "without split-K: why"
