@@ -81,8 +81,8 @@ def _draw(first, seed, threshold, STRADDLES: tl.constexpr):
 @triton.jit
 def _drop(values, bits):
     """`values` [M, 16 * N], zero where the bit in `bits` [M, N, 1] is."""
-    keep = (bits >> tl.arange(0, 16)[None, None, :]) & 1
-    return tl.where(tl.reshape(keep, values.shape) != 0, values, tl.zeros_like(values))
+    keep = ((bits >> tl.arange(0, 16)[None, None, :]) & 1) != 0
+    return tl.where(tl.reshape(keep, values.shape), values, tl.zeros_like(values))
 
 
 @triton.jit
