@@ -109,9 +109,11 @@ def operator_counts(func: Any, args: tuple, kwargs: dict[str, Any], outputs: Any
     name = func._schema.name.removeprefix("aten::")
     if name in _ALLOCATIONS or name in _METADATA:
         return None
-    read, made = _tensors((args, kwargs)), _tensors(outputs)
+    inputs = {argument.name for argument in func._schema.arguments if not argument.is_out}
+    read = _tensors((args, {key: value for key, value in kwargs.items() if key in inputs}))
+    made = _tensors(outputs)
     changed = _changed(func, args, kwargs)
-    storages = {tensor.untyped_storage()._cdata for tensor in read}
+    storages = {tensor.untyped_storage()._cdata for tensor in read + changed}
     fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in storages]
     written = changed + fresh
     if (made and not written) or (written and not any(tensor.numel() for tensor in written)):
@@ -120,8 +122,6 @@ def operator_counts(func: Any, args: tuple, kwargs: dict[str, Any], outputs: Any
         return Counts(fills=1, bytes=bytes_of(written))
     if name == "clone":
         return Counts(copies=1, bytes=bytes_of(read) + bytes_of(written))
-    if "out" in {argument.name for argument in func._schema.arguments if argument.is_out}:
-        read = [tensor for tensor in read if not any(tensor is part for part in changed)]  # only written
     if name in _GATHERS:
         num_bytes = 2 * bytes_of(written) + bytes_of(read[1:])
     elif name.removesuffix("_") in _SCATTERS:

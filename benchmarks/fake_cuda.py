@@ -315,6 +315,15 @@ class FakeCuda:
                 found.append(index)
         return found
 
+    def _typed_product(self, *args, out: torch.Tensor, **kwargs) -> torch.Tensor:
+        """A product into another dtype, whose meta kernel is wrong in some versions of torch."""
+        *total, a, b, dtype = args
+        if out.dtype != dtype or any(tensor.shape != (a.shape[0], b.shape[1]) for tensor in (out, *total)):
+            raise RuntimeError(f"out must be {dtype} of shape {(a.shape[0], b.shape[1])}, got {out}")
+        added = bytes_of(total)
+        self.note("addmm" if total else "mm", Counts(kernels=1, bytes=bytes_of([a, b]) + added + bytes_of([out])))
+        return out
+
     def _item(self, tensor: torch.Tensor) -> Any:
         self.hazard("sync", "item")
         answer = getattr(tensor, "answer", None)
@@ -344,6 +353,8 @@ class FakeCuda:
 _OWN: dict[Any, Callable] = {
     aten.copy_.default: FakeCuda._copy,
     aten._to_copy.default: FakeCuda._to_copy,
+    aten.mm.dtype_out: FakeCuda._typed_product,
+    aten.addmm.dtype_out: FakeCuda._typed_product,
     aten._local_scalar_dense.default: FakeCuda._item,
     aten.equal.default: FakeCuda._equal,
     aten.nonzero.default: FakeCuda._nonzero,

@@ -113,6 +113,7 @@ def test_tensors_of_two_devices_are_refused(fake):
 
 def test_operators_are_counted_by_what_they_launch(fake):
     a, b = on_device(4, 8, dtype=torch.bfloat16), on_device(8, 2, dtype=torch.bfloat16)
+    c = on_device(4, 2)
     table, places = on_device(1000, 8), on_device(5, dtype=torch.int64)
     for run, expected in [
         (lambda: a.view(-1)[3:].reshape(29, 1).expand(29, 4), Counts()),
@@ -121,6 +122,8 @@ def test_operators_are_counted_by_what_they_launch(fake):
         (lambda: a @ b, Counts(kernels=1, bytes=2 * (32 + 16 + 8))),
         (lambda: torch.mm(a, b, out=on_device(4, 2, dtype=torch.bfloat16)), Counts(kernels=1, bytes=2 * (32 + 16 + 8))),
         (lambda: on_device(4, 2, dtype=torch.bfloat16).addmm_(a, b), Counts(kernels=1, bytes=2 * (32 + 16 + 8 + 8))),
+        (lambda: torch.add(a, 1, out=a), Counts(kernels=1, bytes=2 * 2 * 32)),
+        (lambda: torch.ops.aten.addmm.dtype_out(c, a, b, torch.float32, out=c), Counts(kernels=1, bytes=96 + 2 * 32)),
         (lambda: a.add_(a[:1].expand(4, 8)), Counts(kernels=1, bytes=2 * (32 + 8 + 32))),
         (lambda: torch.zeros(3, device="cuda"), Counts(fills=1, bytes=12)),
         (lambda: a.zero_(), Counts(fills=1, bytes=64)),
@@ -133,7 +136,7 @@ def test_operators_are_counted_by_what_they_launch(fake):
         with fake.section() as section:
             run()
         assert section.counts == expected, section.operators
-    assert fake.counts.launches == 11
+    assert fake.counts.launches == 13
 
 
 def test_a_triton_launch_is_noted_as_given(fake):
