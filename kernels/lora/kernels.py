@@ -265,12 +265,14 @@ def _grad_a_kernel(
 def _tile(num_columns: int, x: Tensor) -> dict:
     size = x.shape[1]
     most = 64 if x.element_size() == 2 else 32  # in float32 products take registers
+    block_r = min(most, max(16, triton.next_power_of_2(num_columns)))
     return {
         "SIZE": size,
         "NUM_WORDS": triton.cdiv(size, 16),
         "BLOCK_M": most,
-        "BLOCK_R": min(most, max(16, triton.next_power_of_2(num_columns))),
+        "BLOCK_R": block_r,
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "num_warps": 8 if block_r == 64 else 4,
     }
 
 
@@ -297,7 +299,6 @@ def low_rank(x: Tensor, a: Tensor, low: Tensor, num_trained: int, threshold: int
                 NUM_TRAINED=num_trained,
                 NUM_FROZEN=num_frozen,
                 BLOCK_K=tile["BLOCK_M"],
-                num_warps=4,
                 **tile,
             )
     return bits
@@ -325,7 +326,6 @@ def add_grad_x(grad_x: Tensor, grad_low: Tensor, a: Tensor, bits: Tensor, num_tr
             NUM_TRAINED=num_trained,
             NUM_FROZEN=num_frozen,
             BLOCK_N=block_n,
-            num_warps=4,
             **tile,
         )
 
@@ -353,7 +353,6 @@ def grad_a(x: Tensor, grad_low: Tensor, bits: Tensor, num_trained: int, scale: f
             scale=scale,
             NUM_TRAINED=num_trained,
             BLOCK_N=block_n,
-            num_warps=4,
             **tile,
         )
     return partials.sum(0)
