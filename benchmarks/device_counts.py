@@ -6,7 +6,8 @@
 - `fills`: tensors set to one value. `copies`: between host and device, and within the device, strided ones too.
 - `bytes`: each tensor that an operator takes is read once, and each that it makes or changes is written once; expanded
   dimensions count once. A gather (embedding, `index_select`) reads what it writes, a scatter writes what it reads. Each
-  tensor that a Triton kernel takes counts once, as it reads most and writes the others, and one given twice once.
+  tensor that a Triton kernel loads from is read once and each that it stores to is written once, whole (so attention's
+  kernels for short and for long sequences count all sequences each).
 """
 
 from collections import Counter
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from .triton_accesses import accesses
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 _METADATA = {"set_", "record_stream", "is_same_size", "lift", "lift_fresh", "_assert_tensor_metadata"}
@@ -68,8 +71,11 @@ class Launch:
 
     @property
     def counts(self) -> Counts:
-        tensors = [value for value in self.arguments.values() if isinstance(value, torch.Tensor)]
-        return Counts(kernels=1, triton=1, bytes=bytes_of(tensors))
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        num_bytes = sum(
+            bytes_of(tensors[name] for name in names & set(tensors)) for names in accesses(self.kernel, self.arguments)
+        )
+        return Counts(kernels=1, triton=1, bytes=num_bytes)
 
 
 class Hazard(NamedTuple):

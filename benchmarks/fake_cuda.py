@@ -32,7 +32,7 @@ from .device_counts import Counts, Hazard, Launch, Section, bytes_of, operator_c
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 aten = torch.ops.aten
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "device_counts.py"}
+_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "device_counts.py", "triton_accesses.py"}
 
 
 class _Inside(threading.local):

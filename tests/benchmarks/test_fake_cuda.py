@@ -17,6 +17,25 @@ def _add_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=offsets < size), mask=offsets < size)
 
 
+@triton.jit
+def _write_both(ptr, other_ptr, values):
+    tl.store(ptr, values)
+    tl.atomic_add(other_ptr, values)
+
+
+@triton.jit
+def _many_accesses_kernel(x_ptr, y_ptr, z_ptr, unused_ptr, sum_ptr, size, HAS_Y: tl.constexpr, HAS_Z: tl.constexpr):
+    ptrs = x_ptr + tl.arange(0, 16)
+    values = tl.load(ptrs)
+    if HAS_Y:
+        values += tl.load(y_ptr + tl.arange(0, 16))
+    for _ in range(size):
+        if HAS_Z is False:
+            ptrs = z_ptr + tl.arange(0, 16)
+    if size > 3:
+        _write_both(ptrs, sum_ptr, values)
+
+
 @torch.library.custom_op("bivec_test::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x + x
@@ -156,6 +175,19 @@ def test_a_triton_launch_is_noted_as_given(fake):
         _add_kernel[(1,)](x, x, 0)
 
 
+@pytest.mark.parametrize(
+    ("constants", "loaded", "stored"),
+    [
+        ({"HAS_Y": False, "HAS_Z": True}, {"x_ptr", "sum_ptr"}, {"x_ptr", "sum_ptr"}),
+        ({"HAS_Y": True, "HAS_Z": False}, {"x_ptr", "y_ptr", "sum_ptr"}, {"x_ptr", "z_ptr", "sum_ptr"}),
+    ],
+)
+def test_a_kernel_reads_what_it_loads_and_writes_what_it_stores(fake, constants, loaded, stored):
+    sizes = {"x_ptr": 16, "y_ptr": 32, "z_ptr": 64, "unused_ptr": 128, "sum_ptr": 256}
+    _many_accesses_kernel[(1,)](**{name: on_device(size) for name, size in sizes.items()}, size=3, **constants)
+    assert fake.counts.bytes == 4 * sum(sizes[name] for names in (loaded, stored) for name in names)
+
+
 def test_custom_operators_run_their_own_bodies_and_gradients(fake):
     x = on_device(3, requires_grad=True)
     y = twice(x)
@@ -196,7 +228,7 @@ def test_a_graph_has_what_was_captured_and_counts_as_one_launch(fake):
     with torch.cuda.graph(graph):
         x.add_(1)
         _add_kernel[(1,)](x, x, 8, BLOCK=8)
-    assert graph.counts == Counts(kernels=2, triton=1, bytes=3 * 32)
+    assert graph.counts == Counts(kernels=2, triton=1, bytes=4 * 32)
     assert fake.counts == Counts()
     assert len(fake.triton) == 1
     graph.replay()
