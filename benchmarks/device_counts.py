@@ -10,9 +10,11 @@
   kernels for short and for long sequences count all sequences each).
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from .triton_accesses import accesses
 
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "device_counts.py", "triton_accesses.py"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 _METADATA = {"set_", "record_stream", "is_same_size", "lift", "lift_fresh", "_assert_tensor_metadata"}
 _FILLS = {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
@@ -149,3 +153,21 @@ def _changed(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tenso
             value = kwargs.get(argument.name) if argument.kwarg_only or place >= len(args) else args[place]
             changed += _tensors(value)
     return changed
+
+
+_files: dict[str, str | None] = {}
+
+
+def place_of_call() -> str:
+    """`file:line function` of the innermost call in the repository."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name not in _files:
+            path = Path(name).resolve()
+            inside = path.is_relative_to(_REPOSITORY) and path.name not in _OWN_FILES
+            _files[name] = path.relative_to(_REPOSITORY).as_posix() if inside else None
+        if _files[name] is not None:
+            return f"{_files[name]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"

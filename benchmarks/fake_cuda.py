@@ -16,23 +16,19 @@ What the host reads of the device is made up: checks find what sound numbers wou
 tensors), other numbers are one, arrays are zeros.
 """
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .device_counts import Counts, Hazard, Launch, Section, bytes_of, operator_counts
+from .device_counts import Counts, Hazard, Launch, Section, bytes_of, operator_counts, place_of_call
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 aten = torch.ops.aten
-_REPOSITORY = Path(__file__).resolve().parents[1]
-_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "device_counts.py", "triton_accesses.py"}
 
 
 class _Inside(threading.local):
@@ -176,7 +172,7 @@ class FakeCuda:
         return _Mode(self)
 
     def hazard(self, kind: str, operator: str) -> None:
-        place = _place()
+        place = place_of_call()
         for section in self._sections:
             section.hazards.append(Hazard(kind, operator, place))
         if self.capturing is not None and kind != "in a capture":
@@ -184,7 +180,7 @@ class FakeCuda:
 
     def note(self, name: str, counts: Counts, launch: Launch | None = None) -> None:
         """One thing that the device is to do."""
-        place = _place() if launch is None else launch.place
+        place = place_of_call() if launch is None else launch.place
         if self.capturing is not None:
             self.capturing.counts += counts
         for section in self._sections:
@@ -216,7 +212,7 @@ class FakeCuda:
         arguments = {
             name: _alias(value) if isinstance(value, CudaTensor) else value for name, value in arguments.items()
         }
-        launch = Launch(kernel, arguments, programs, options, _place())
+        launch = Launch(kernel, arguments, programs, options, place_of_call())
         if all(programs):
             self.note(launch.name, launch.counts, launch)
 
@@ -399,21 +395,3 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def _alias(tensor: CudaTensor) -> CudaTensor:
     with _meta_kernels():
         return CudaTensor(tensor)
-
-
-_files: dict[str, str | None] = {}
-
-
-def _place() -> str:
-    """`file:line function` of the innermost call in the repository."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name not in _files:
-            path = Path(name).resolve()
-            inside = path.is_relative_to(_REPOSITORY) and path.name not in _OWN_FILES
-            _files[name] = path.relative_to(_REPOSITORY).as_posix() if inside else None
-        if _files[name] is not None:
-            return f"{_files[name]}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "?"
