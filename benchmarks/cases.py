@@ -65,13 +65,15 @@ class Results:
         self._share: tuple[int, int] | None = arguments.share
         self._device = torch.device(arguments.device)
         asked = {key: str(value) for key, value in sorted(vars(arguments).items()) if key not in _OF_A_CALL}
-        self.document = compose(name, [], machine=machine, asked=asked, cases={}, attempts={}, left_out={}, **facts)
+        state: dict = {"cases": {}, "attempts": {}, "left_out": {}, "finished": False}
+        self.document = compose(name, [], machine=machine, asked=asked, **state, **facts)
         if self._output is not None and self._output.exists():
             earlier = _read(self._output)
             _require_same(self._output, earlier, self.document)
             # each call's ceilings are measured anew: another card of the same name may run at another clock
             calls = [*earlier.get("earlier_calls", []), earlier["machine"]]
-            self.document = earlier | {"machine": self.document["machine"], "earlier_calls": calls, "left_out": {}}
+            kept = {key: earlier[key] for key in ("cases", "attempts", "rows")}
+            self.document = earlier | self.document | kept | {"earlier_calls": calls}
 
     def run(self, cases: Sequence[Case]) -> int:
         """Runs what is not done yet, prints everything, and returns the exit status: 0, or DEVICE_LOST."""
@@ -95,6 +97,7 @@ class Results:
             if not _alive(self._device):
                 status = DEVICE_LOST
                 break
+        self.document["finished"] = not status and not self.document["left_out"]
         self._write()
         print_document(self.document)
         return status
@@ -163,8 +166,8 @@ def _alive(device: torch.device) -> bool:
 def _read(path: Path) -> dict:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document["cases"], dict):
-            raise TypeError("cases must be an object")
+        if not isinstance(document["cases"], dict) or not isinstance(document["attempts"], dict):
+            raise TypeError("cases and attempts must be objects")
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} must be a result that can go on, or not exist: {error_text(error)}") from error
     return document

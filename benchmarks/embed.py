@@ -5,6 +5,7 @@
 
 The checkpoint is random, of a named shape. sentence-transformers runs at its defaults (float32, batch 32) and at its
 best setting, the faster of the two that win a sweep in the same run; its model is made bidirectional and shown to be.
+On CUDA float32 is too slow to be timed and gives the reference of a few hundred texts alone.
 Tokens are those of the texts, padding never counts. A speed-up is reported only where the timed vectors agree with
 sentence-transformers' in float32; where they do not, the exit status is 1. Few texts flatter bivec: the fewer there
 are, the more padding is in a sorted batch of 32.
@@ -22,16 +23,18 @@ import numpy as np
 import torch
 
 from .breakdown import breakdown
+from .cases import Case, Results
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
-from .shapes import SHAPES, linear_rates, write_checkpoint
+from .shapes import SHAPES, Shape, linear_rates, write_checkpoint
 from .texts import DATA, read_lines, real_mix, synthetic_mix, token_counts
-from .timing import Timing, argument_parser, error_text, measure, ratio, report, table
+from .timing import Timing, argument_parser, error_text, measure, num_rounds, ratio
 
 PEER = "sentence-transformers"
 DEFAULT = f"{PEER} float32, batch 32"
 # of every text's vector with the reference's, seen from the reference's mean: what all texts share must not count
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.995}
 LATENCY_TOKENS = 12
+REFERENCE_TEXTS = 256  # that float32 embeds on CUDA
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -75,74 +78,152 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
     num_texts = arguments.num_texts or (24 if arguments.quick else 8192 if on_cuda else 256)
-    rounds = arguments.rounds or (2 if arguments.quick else 7 if on_cuda else 3)
-    latency_rounds = 5 if arguments.quick else 40
     mix, texts = choose_texts(arguments.texts, arguments.data, arguments.synthetic, num_texts)
-    shape = SHAPES[shape_name]
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(shape, folder, texts, tokenizer=arguments.tokenizer, device=str(device))
-        models = load_peer_models(folder, device, arguments.max_length)
-        peers = peer_contenders(models, device)
-        ours = [load_bivec(folder, choice, device, arguments.max_length) for choice in ("auto", "float32")]
-        lengths, short = describe_texts(folder, texts, arguments.max_length)
-
     others = BusyElsewhere()
-    # wall time from strings to numpy, on CUDA too
-    clocked = functools.partial(measure, device=device, clock=time.perf_counter)
-    half = texts[: max(len(texts) // 2, 1)]
-    swept = [peer for peer in peers if peer.name != DEFAULT]
-    sweep = clocked({peer.name: peer.variant(half) for peer in swept}, rounds=1, warmup=1)
-    print(table([timing.row() for timing in sweep.values()]), file=sys.stderr, flush=True)
-    finalists = sorted((t for t in sweep.values() if not t.skipped), key=lambda t: t.median)[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SHAPES[shape_name], folder, texts, tokenizer=arguments.tokenizer, device=str(device))
+        lengths, short = describe_texts(folder, texts, arguments.max_length)
+        results = Results(
+            "embed",
+            arguments,
+            describe_machine(device),
+            shape=shape_name,
+            mix=mix,
+            tokenizer=str(arguments.tokenizer or "trained on the texts"),
+            tokens=lengths,
+            max_length=arguments.max_length,
+        )
+        rounds = num_rounds(arguments, 7 if on_cuda else 3)
+        comparison = Comparison(results, SHAPES[shape_name], folder, texts, short, device, arguments.max_length, rounds)
+        ours, peers = comparison.model_bytes
+        # a call that goes on loads at its last case what the first ones would have loaded
+        late = ours + peers if "sweep" in results.document["cases"] else 0.0
+        status = results.run(
+            [
+                Case("alone", comparison.alone, ours),
+                Case("sweep", comparison.sweep, peers),
+                Case("side by side", lambda: comparison.side_by_side(5 if arguments.quick else 40), late),
+            ]
+        )
+    warn_if_disturbed(others.cores())
+    disagreeing = any(row.get("least_cosine") is not None and row["refused"] for row in results.document["rows"])
+    return status or int(disagreeing)
 
-    entrants = [peer for peer in peers if peer.name in (DEFAULT, *(t.name for t in finalists))] + ours
-    latencies = clocked({e.name: e.variant([short]) for e in entrants}, rounds=latency_rounds, warmup=3)
-    vectors: dict[str, np.ndarray] = {}  # of the very calls that are timed
-    timings = clocked({e.name: e.variant(texts, vectors) for e in entrants}, rounds=rounds, warmup=2 if on_cuda else 1)
-    best = fastest(timings)
-    best_latency = fastest(latencies)
-    disturbance = others.cores()
-    spent = breakdown(functools.partial(ours[0].encode, texts), device) if callable(ours[0].encode) else None
-    dtypes = sorted({entrant.dtype for entrant in entrants if not isinstance(entrant.encode, str)})
-    rates = {dtype: linear_rates(shape, getattr(torch, dtype), device) for dtype in dtypes}
-    control = causal_control(models["float32", "sdpa"], texts, vectors.get(DEFAULT))
 
-    rows = []
-    for entrant in entrants:
-        timing, latency = timings[entrant.name], latencies[entrant.name]
-        rate = rates.get(entrant.dtype, {}).get("best")
-        row = timing.row() | {"dtype": entrant.dtype} | throughput(timing, lengths, shape.flops_per_token, rate)
-        row["latency_s"] = latency.quartiles()
-        row |= agreement(entrant, vectors, control)
-        if row["refused"] is None:
-            row["speedup_over_default"] = ratio(timings[DEFAULT], timing)
-            row["speedup_over_best"] = ratio(best, timing)
-            row["latency_over_peer"] = ratio(latency, best_latency)
-        rows.append(row)
-    report(
-        "embed",
-        rows,
-        machine=describe_machine(device),
-        output=arguments.output,
-        shape=shape_name,
-        mix=mix,
-        tokenizer=str(arguments.tokenizer or "trained on the texts"),
-        tokens=lengths,
-        max_length=arguments.max_length,
-        linear_rates=rates,
-        causal_control_cosine=control,
-        breakdown_of_bivec=spent,
-        cores_busy_elsewhere=disturbance,
-        best_peer=best.name,
-        best_peer_latency=best_latency.name,
-        sweep=[timing.row() for timing in sweep.values()],
-    )
-    warn_if_disturbed(disturbance)
-    return 1 if any(row["least_cosine"] is not None and row["refused"] for row in rows) else 0
+class Comparison:
+    """The benchmark's cases. Models are loaded when the first case asks for them."""
+
+    def __init__(
+        self,
+        results: Results,
+        shape: Shape,
+        folder: str,
+        texts: list[str],
+        short: str,
+        device: torch.device,
+        max_length: int,
+        rounds: int,
+    ):
+        self.results, self.shape, self.folder = results, shape, folder
+        self.texts, self.short, self.device, self.max_length, self.rounds = texts, short, device, max_length, rounds
+        self.lengths: dict = results.document["tokens"]
+        # wall time from strings to numpy, on CUDA too
+        self.clocked = functools.partial(measure, device=device, clock=time.perf_counter)
+
+    @property
+    def model_bytes(self) -> tuple[float, float]:
+        """An estimate for CUDA: ours, with fused weights beside the model's own; the peers' three."""
+        if self.device.type != "cuda":
+            return 0.0, 0.0
+        parameters = self.shape.flops_per_token / 2 * 1.1
+        return 2 * 2 * parameters + 2**33, (4 + 2 + 2) * parameters + 2**32
+
+    @functools.cached_property
+    def ours(self) -> list[Contender]:
+        """bivec in its own choice of dtype and, where it takes no half a minute, in float32."""
+        choices = ("auto",) if self.device.type == "cuda" else ("auto", "float32")
+        return [load_bivec(self.folder, choice, self.device, self.max_length) for choice in choices]
+
+    @functools.cached_property
+    def models(self) -> dict:
+        return load_peer_models(self.folder, self.device, self.max_length)
+
+    @functools.cached_property
+    def rates(self) -> dict:
+        """Of the linears alone, by dtype, as they are met."""
+        return {}
+
+    def rate(self, dtype: str) -> float | None:
+        if dtype not in self.rates:
+            self.rates[dtype] = linear_rates(self.shape, getattr(torch, dtype), self.device)
+            self.results.add(linear_rates=self.rates)
+        return self.rates[dtype].get("best")
+
+    def alone(self) -> list[dict]:
+        """What bivec spends its time in, and its speed with nobody beside it; no comparison."""
+        first = self.ours[0]
+        timing = self.clocked({first.name: first.variant(self.texts)}, rounds=min(self.rounds, 3), warmup=2)[first.name]
+        speed = throughput(timing, self.lengths, self.shape.flops_per_token, self.rate(first.dtype))
+        latency = self.clocked({first.name: first.variant([self.short])}, rounds=min(self.rounds, 20), warmup=3)
+        spent = None
+        if callable(first.encode):
+            spent = breakdown(functools.partial(first.encode, self.texts), self.device)
+        found = timing.row() | speed | {"latency_s": latency[first.name].quartiles()}
+        self.results.add(alone=found, breakdown_of_bivec=spent)
+        return []
+
+    def sweep(self) -> list[dict]:
+        half = self.texts[: max(len(self.texts) // 2, 1)]
+        swept = [peer for peer in peer_contenders(self.models, self.device) if peer.name != DEFAULT]
+        timings = self.clocked({peer.name: peer.variant(half) for peer in swept}, rounds=1, warmup=1)
+        self.results.add(sweep=[timing.row() for timing in timings.values()])
+        return []
+
+    def side_by_side(self, latency_rounds: int) -> list[dict]:
+        others = BusyElsewhere()
+        swept = [row for row in self.results.document.get("sweep", []) if not row["skipped"]]
+        finalists = [row["name"] for row in sorted(swept, key=lambda row: row["median_s"])[:2]]
+        peers = peer_contenders(self.models, self.device)
+        entrants = [peer for peer in peers if peer.name in (DEFAULT, *finalists)] + self.ours
+        latencies = self.clocked({e.name: e.variant([self.short]) for e in entrants}, rounds=latency_rounds, warmup=3)
+        vectors: dict[str, np.ndarray] = {}  # of the very calls that are timed
+        timings = self.clocked({e.name: e.variant(self.texts, vectors) for e in entrants}, rounds=self.rounds, warmup=1)
+        if self.device.type == "cuda":
+            vectors |= self._reference()
+        best, best_latency = fastest(timings), fastest(latencies)
+        busy = others.cores()
+        control = causal_control(self.models["float32", "sdpa"], self.texts, vectors.get(DEFAULT))
+        rows = []
+        for entrant in entrants:
+            timing, latency = timings[entrant.name], latencies[entrant.name]
+            rate = None if isinstance(entrant.encode, str) else self.rate(entrant.dtype)
+            row = timing.row() | {"dtype": entrant.dtype}
+            row |= throughput(timing, self.lengths, self.shape.flops_per_token, rate)
+            row["latency_s"] = latency.quartiles()
+            row |= agreement(entrant, vectors, control)
+            if row["refused"] is None:
+                row["speedup_over_default"] = ratio(timings[DEFAULT], timing) if DEFAULT in timings else None
+                row["speedup_over_best"] = ratio(best, timing)
+                row["latency_over_peer"] = ratio(latency, best_latency)
+            rows.append(row)
+        self.results.add(
+            causal_control_cosine=control,
+            cores_busy_elsewhere=busy,
+            best_peer=best.name,
+            best_peer_latency=best_latency.name,
+        )
+        return rows
+
+    def _reference(self) -> dict[str, np.ndarray]:
+        """The peer's float32 vectors of the first texts: on CUDA too slow to be timed, or to be made of all."""
+        model = self.models["float32", "sdpa"]
+        if isinstance(model, str):
+            return {}
+        return {DEFAULT: model.encode(self.texts[:REFERENCE_TEXTS], batch_size=32, show_progress_bar=False)}
 
 
 def fastest(timings: dict[str, Timing]) -> Timing:
@@ -161,6 +242,7 @@ def choose_texts(file: Path | None, data: Path, synthetic: bool, count: int) -> 
             return "real: 1/2 Wikipedia sentences, 1/4 Wikipedia paragraphs, 1/4 Tatoeba", real_mix(count, data)
         except FileNotFoundError as error:
             print(f"{error}; made-up texts are used", file=sys.stderr)
+            return f"SYNTHETIC, because {data} holds no texts", synthetic_mix(count)
     return "synthetic", synthetic_mix(count)
 
 
@@ -205,7 +287,7 @@ def load_peer_models(folder: str, device: torch.device, max_length: int) -> dict
 def peer_contenders(models: dict, device: torch.device) -> list[Contender]:
     """sentence-transformers in every setting that the sweep tries, and at its defaults."""
     if device.type == "cuda":
-        batch_sizes = {"float32": (32,), "bfloat16": (32, 128, 512)}
+        batch_sizes = {"float32": (), "bfloat16": (32, 128, 512)}
     else:
         batch_sizes = {"float32": (8, 16, 32), "bfloat16": (4, 8, 16, 32)}
     return [
@@ -286,7 +368,7 @@ def agreement(entrant: Contender, vectors: dict[str, np.ndarray], control: float
     if DEFAULT not in vectors or control is None:
         return {"least_cosine": None, "refused": f"nothing to compare with: {DEFAULT} did not run"}
     reference, least = vectors[DEFAULT], LEAST_COSINE[entrant.dtype]
-    cosine = float(centred_cosines(vectors[entrant.name], reference, reference.mean(0)).min())
+    cosine = float(centred_cosines(vectors[entrant.name][: len(reference)], reference, reference.mean(0)).min())
     refused = None
     if not cosine >= least:
         refused = f"vectors disagree: cosine {cosine:.6f}, at least {least} is required"

@@ -123,11 +123,12 @@ def _cpu() -> tuple[str, list[str]]:
 
 @functools.cache
 def source_digest() -> str:
-    """What the package's Python files hold, in 16 digits: the same for the same code, whether committed or copied."""
+    """What the package's code and tables hold, in 16 digits: the same whether committed or copied."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     layers = ("kernels", "texts", "engine", "training", "benchmarks")
-    for path in sorted(path for layer in layers for path in (package / layer).rglob("*.py")):
+    files = (path for layer in layers for kind in ("*.py", "*.json") for path in (package / layer).rglob(kind))
+    for path in sorted(path for path in files if "results" not in path.parts):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,9 +1,11 @@
-"""Every benchmark by name, all of them at the sizes that suit the device, and what their results say.
+"""Every benchmark by name, all of them on a CPU, and what results say.
 
-    bivec benchmark all --output results
+    bivec benchmark attention --help
+    bivec benchmark all --output results       # a CPU's; `bivec benchmark gpu` is a GPU's
+    bivec benchmark report results
 
-Each runs in a process of its own and leaves NAME.json in the output folder. One whose result is there is not run again,
-so a suite that was killed goes on where it was.
+Each of all runs in a process of its own and leaves NAME.json in the output folder. What stands there is not measured
+again, so a suite that was killed goes on at the case where it was.
 """
 
 import argparse
@@ -14,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..cli_shared import echo
@@ -22,19 +23,10 @@ from .texts import DATA
 from .timing import table
 
 BENCHMARKS = ("attention", "contrastive", "pooling", "fusions", "lora", "embed", "job", "train")
-OTHERS = ("tune-attention", "fastest-attention")
+OTHERS = ("smoke", "tiles", "gpu", "tune-attention", "fastest-attention")
+# attention's kernels do not run on a CPU
+_ON_CPU = tuple(name for name in BENCHMARKS if name != "attention")
 _WITH_TEXTS = ("embed", "job", "train")
-# of results' names; what a larger model would take too long for is made smaller
-_STEPS: dict[str, dict[str, list[str]]] = {
-    "cpu": {name: [] for name in BENCHMARKS},
-    "cuda": {
-        **{name: [] for name in BENCHMARKS if name not in _WITH_TEXTS},
-        "embed-1B": ["--shape", "1B", "--rounds", "5"],
-        "job-1B": ["--shape", "1B"],
-        "train-1B": ["--shape", "1B"],
-        "embed-8B": ["--shape", "8B", "--num-texts", "1024", "--rounds", "3"],
-    },
-}
 
 
 def run(name: str, argv: list[str]) -> int:
@@ -55,36 +47,27 @@ def run(name: str, argv: list[str]) -> int:
 def _run_all(argv: list[str]) -> int:
     parser = _parser("all", __doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that the benchmarks run, no more")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
     parser.add_argument("--data", type=Path, default=DATA, help="holds wiki/*.gz and tatoeba/*.gz")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    left = {
-        step: options
-        for step, options in _STEPS[arguments.device].items()
-        if not (arguments.output / f"{step}.json").exists()
-    }
     failed = []
-    for step, options in (bar := tqdm(left.items(), unit="benchmark", disable=not sys.stderr.isatty())):
-        bar.set_postfix_str(step)
-        name = step.partition("-")[0]
-        command = [sys.executable, "-m", f"bivec.benchmarks.{name}", *options, "--device", arguments.device]
+    for name in (bar := tqdm(_ON_CPU, unit="benchmark", disable=not sys.stderr.isatty())):
+        bar.set_postfix_str(name)
+        command = [sys.executable, "-m", f"bivec.benchmarks.{name}", "--device", "cpu"]
         command += ["--quick"] if arguments.quick else []
         if name in _WITH_TEXTS:
             command += ["--data", arguments.data]
             command += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer else []
         begun = time.monotonic()
-        partial = arguments.output / f".{step}.json"
-        status = subprocess.call([*map(str, command), "--output", str(partial)], stdout=subprocess.DEVNULL)
-        if partial.exists():
-            partial.rename(arguments.output / f"{step}.json")
+        output = arguments.output / f"{name}.json"
+        status = subprocess.call([*map(str, command), "--output", str(output)], stdout=subprocess.DEVNULL)
         if status:
-            failed.append(step)
-        print(f"{step}: exit status {status} after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+            failed.append(name)
+        print(f"{name}: exit status {status} after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     if failed:
-        print(f"error: of {len(left)} benchmarks {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: of {len(_ON_CPU)} benchmarks {len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

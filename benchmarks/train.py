@@ -1,7 +1,7 @@
 """A LoRA training step, SimCSE and supervised, against transformers + PEFT: tokens/s, and memory beyond the weights.
 
     python -m bivec.benchmarks.train --output train.json
-    python -m bivec.benchmarks.train --shape 1B --batch-size 512 --device cuda
+    python -m bivec.benchmarks.train --shape 1B --num-texts 128 --device cuda
     python -m bivec.benchmarks.train --quick --device cpu
 
 A step is forward, loss, backward and AdamW over the same texts in the same dtype. The peer runs in two ways: `padded`,
@@ -9,10 +9,14 @@ each column of the batch (queries, positives, negatives) in random order and pad
 sentence-transformers and LLM2Vec do; and `grouped`, all texts of the step sorted by length in small padded batches
 whose size is the fastest of those tried. Its adapters are in the base's dtype, which is faster for it than PEFT's
 default. Tokens are those of the texts; padding counts for nothing. `first_loss` is the untrained adapter's: without
-attention dropout it is the same number for all.
+attention dropout it is the same number for all, and where ours is not it has no speed. On CUDA a step has as many of
+the texts as an estimate says that memory holds.
 """
 
+import functools
+import gc
 import json
+import math
 import random
 import sys
 import tempfile
@@ -32,15 +36,19 @@ from ..training.processes import Processes
 from ..training.settings import SimcseSettings, SupervisedSettings, TrainingSettings
 from ..training.stages import make_stage
 from ..training.trainee import load_trainee
+from .cases import SHARE_OF_MEMORY, Case, Results, free_bytes
 from .embed import choose_texts
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
-from .shapes import SHAPES, write_checkpoint
+from .shapes import SHAPES, Shape, write_checkpoint
 from .texts import DATA, token_counts
-from .timing import argument_parser, measure, ratio, report
+from .timing import argument_parser, error_text, measure, num_rounds, ratio
 
 GROUPS = (8, 16, 32)  # rows of the peer's batches of similar length
 ATTENTION_DROPOUT = {"simcse": 0.3, "supervised": 0.0}
 LORA_DROPOUT = 0.05
+OURS, PADDED, GROUPED = "bivec", "transformers + PEFT, padded", "transformers + PEFT, grouped"
+PEER_BYTES = 2.0  # of ours for the same tokens, about: norms and rotations keep float32
+LOSS_TOLERANCE = 0.02
 
 
 def make_settings(stage: str, folder: str, texts: Sequence[str], **changes) -> TrainingSettings:
@@ -154,7 +162,9 @@ class PeerStep:
             self.first_loss = loss.item()
 
 
-def run_stage(stage: str, folder: str, texts: list[str], dtype: str, device: torch.device, rounds: int) -> list[dict]:
+def run_stage(
+    stage: str, shape: Shape, folder: str, texts: list[str], dtype: str, device: torch.device, rounds: int
+) -> list[dict]:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -171,29 +181,80 @@ def run_stage(stage: str, folder: str, texts: list[str], dtype: str, device: tor
     columns = [tokenizer(column, truncation=True, max_length=512)["input_ids"] for column in column_texts]
     num_tokens = sum(len(ids) for column in columns for ids in column)
     torch_dtype = getattr(torch, dtype)
-    ours = BivecStep(settings, device, max(num_tokens, 512))
-    candidates = {group: PeerStep(settings, columns, torch_dtype, device, group) for group in GROUPS}
+    steps: dict[str, BivecStep | PeerStep] = {}
+    variants: dict[str, Callable[[], object] | str] = {}
+    seconds: dict[str, float] = {}
+
+    def enter(name: str, padded_tokens: int, make: Callable[[], BivecStep | PeerStep]) -> None:
+        """One step, which compiles and says how long it takes; who does not fit says so."""
+        needed = step_bytes(shape, padded_tokens, torch_dtype) * (1 if name == OURS else PEER_BYTES)
+        if device.type == "cuda" and needed > SHARE_OF_MEMORY * free_bytes(device):
+            variants[name] = f"needs about {needed / 2**30:.0f} GiB, {free_bytes(device) / 2**30:.0f} GiB are free"
+            return
+        try:
+            step = make()
+            seconds[name] = _once(step)
+            steps[name] = variants[name] = step
+            return
+        except Exception as error:  # out of memory, most likely: a row with its reason
+            variants[name] = error_text(error)
+        gc.collect()  # what the error held is free by now
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    enter(OURS, num_tokens, lambda: BivecStep(settings, device, max(num_tokens, 512)))
+    padded = sum(len(column) * max(map(len, column)) for column in columns)
+    enter(PADDED, padded, lambda: PeerStep(settings, columns, torch_dtype, device, None))
     # one of each in memory at a time would be fairer to the cache, but no faster: the best is chosen by one step
-    seconds = {group: _once(step) for group, step in candidates.items()}
-    best = min(seconds, key=seconds.__getitem__)
-    grouped = candidates.pop(best)
-    candidates.clear()
-    steps: dict[str, BivecStep | PeerStep] = {
-        "bivec": ours,
-        "transformers + PEFT, padded": PeerStep(settings, columns, torch_dtype, device, None),
-        "transformers + PEFT, grouped": grouped,
-    }
-    variants: dict[str, Callable[[], object] | str] = dict(steps)
+    groups = {f"{GROUPED} {group}": group for group in GROUPS}
+    for name, group in groups.items():
+        enter(name, num_tokens, functools.partial(PeerStep, settings, columns, torch_dtype, device, group))
+    best = min((name for name in groups if name in steps), key=seconds.__getitem__, default=None)
+    reasons = [variants.pop(name) for name in groups if name != best]
+    if best is None:
+        variants[GROUPED] = reasons[0]
+    for name in groups:
+        if name != best:
+            steps.pop(name, None)
+    untrained = {name: step.first_loss for name, step in steps.items()}
+    if ATTENTION_DROPOUT[stage] == 0 and OURS in steps:
+        variants[OURS] = disagreement(untrained) or variants[OURS]
     timings = measure(variants, rounds=rounds, warmup=1, reverse=True, device=device, clock=time.perf_counter)
     results = []
     for name, timing in timings.items():
-        row = {"stage": stage, "dtype": dtype} | timing.row()
-        row |= {"tokens_per_s": num_tokens / timing.median, "first_loss": steps[name].first_loss}
-        row["group"] = best if steps[name] is grouped else None
-        if name != "bivec":
-            row["bivec_speedup"] = ratio(timing, timings["bivec"])
+        row = {"stage": stage, "dtype": dtype} | timing.row() | {"name": GROUPED if name == best else name}
+        row |= {"tokens_per_s": num_tokens / timing.median, "first_loss": untrained.get(name)}
+        row["group"] = groups.get(name)
+        if name != OURS:
+            row["bivec_speedup"] = ratio(timing, timings[OURS])
         results.append(row)
     return results
+
+
+def disagreement(first_losses: dict[str, float | None]) -> str | None:
+    """Why our step has no speed: its first loss is not that of any peer that ran; None where it is, or none ran."""
+    ours = first_losses[OURS]
+    peers = [loss for name, loss in first_losses.items() if name != OURS and loss is not None]
+    if ours is None or not math.isfinite(ours):
+        return f"wrong: the first loss is {ours}"
+    if not peers or any(abs(ours - loss) <= LOSS_TOLERANCE * abs(loss) for loss in peers):
+        return None
+    return f"wrong: the first loss is {ours:.5g}, the peers' {', '.join(f'{loss:.5g}' for loss in peers)}"
+
+
+def step_bytes(shape: Shape, num_tokens: int, dtype: torch.dtype) -> float:
+    """An estimate: what a layer keeps for its backward, some eight rows of hidden size and four of the wide one."""
+    kept = shape.num_layers * (8 * shape.hidden_size + 4 * shape.intermediate_size)
+    weights = shape.num_layers * sum(rows * columns for rows, columns in shape.linears)
+    return dtype.itemsize * (num_tokens * kept + 2.0 * weights)
+
+
+def texts_that_fit(lengths: Sequence[int], shape: Shape, dtype: torch.dtype, free: float) -> int:
+    """How many of the first texts make a step that half of the memory holds, each passing twice as SimCSE has it."""
+    for count in range(len(lengths), 3, -1):
+        if step_bytes(shape, 2 * sum(lengths[:count]), dtype) <= free / 2:
+            return count
+    return min(3, len(lengths))
 
 
 def _once(step: Callable[[], None]) -> float:
@@ -214,36 +275,41 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     shape_name = "quick" if arguments.quick else arguments.shape
-    num_texts = arguments.num_texts or (12 if arguments.quick else 48 if device.type == "cpu" else 512)
-    rounds = arguments.rounds or (2 if arguments.quick else 3 if device.type == "cpu" else 10)
+    shape = SHAPES[shape_name]
+    num_texts = arguments.num_texts or (12 if arguments.quick else 48 if device.type == "cpu" else 128)
+    rounds = num_rounds(arguments, 3 if device.type == "cpu" else 10)
     mix, texts = choose_texts(None, arguments.data, arguments.synthetic, 2 * num_texts)
     texts = list(dict.fromkeys(texts))[:num_texts]
     random.Random(0).shuffle(texts)
     others = BusyElsewhere()
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(SHAPES[shape_name], folder, texts, tokenizer=arguments.tokenizer, device=str(device))
+        write_checkpoint(shape, folder, texts, tokenizer=arguments.tokenizer, device=str(device))
         from transformers import AutoTokenizer
 
-        lengths = token_counts(texts, AutoTokenizer.from_pretrained(folder), 512)[1]
-        rows = [
-            row
-            for stage in arguments.stages
-            for row in run_stage(stage, folder, texts, arguments.dtype, device, rounds)
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        counts = token_counts(texts, tokenizer, 512)[0].tolist()
+        if device.type == "cuda":
+            fitting = texts_that_fit(counts, shape, getattr(torch, arguments.dtype), free_bytes(device))
+            if fitting < len(texts):
+                print(f"{fitting} texts a step: {len(texts)} would not fit into memory", file=sys.stderr)
+                texts = texts[:fitting]
+        results = Results(
+            "train",
+            arguments,
+            describe_machine(device),
+            shape=shape_name,
+            mix=mix,
+            tokenizer=str(arguments.tokenizer or "trained on the texts"),
+            tokens=token_counts(texts, tokenizer, 512)[1],
+            texts_asked_for=num_texts,
+        )
+        run = functools.partial(
+            run_stage, shape=shape, folder=folder, texts=texts, dtype=arguments.dtype, device=device, rounds=rounds
+        )
+        status = results.run([Case(stage, functools.partial(run, stage)) for stage in arguments.stages])
     disturbance = others.cores()
-    report(
-        "train",
-        rows,
-        machine=describe_machine(device),
-        output=arguments.output,
-        shape=shape_name,
-        mix=mix,
-        tokenizer=str(arguments.tokenizer or "trained on the texts"),
-        tokens=lengths,
-        cores_busy_elsewhere=disturbance,
-    )
     warn_if_disturbed(disturbance)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

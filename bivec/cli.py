@@ -215,8 +215,9 @@ def benchmark(
 ) -> None:
     """Measure bivec against eager PyTorch and its peers, side by side in one run.
 
-    NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these at sizes that suit the
-    device; report, for the tables of results; tune-attention or fastest-attention, for what is chosen on a GPU.
+    NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these on a CPU; gpu, for
+    everything on a GPU, the most telling first; smoke, for operators against float64; tiles, for capacities that agree;
+    report, for the tables of results; tune-attention or fastest-attention, for what is chosen on a GPU.
 
     Example: bivec benchmark embed --quick --output embed.json
     """

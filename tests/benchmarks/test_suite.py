@@ -26,25 +26,16 @@ def started(monkeypatch):
     return commands
 
 
-def test_all_goes_on_after_a_failure_and_repeats_only_what_is_missing(started, tmp_path, capsys):
-    given = ["--output", str(tmp_path / "results"), "--device", "cpu", "--quick", "--tokenizer", "t.json"]
+def test_all_goes_on_after_a_failure_and_gives_each_its_own_result_to_go_on_with(started, tmp_path, capsys):
+    given = ["--output", str(tmp_path / "results"), "--quick", "--tokenizer", "t.json"]
     assert suite.run("all", given) == 1
-    assert [command[2] for command in started] == [f"bivec.benchmarks.{name}" for name in suite.BENCHMARKS]
-    assert all("--quick" in command for command in started)
-    assert ["--tokenizer" in command for command in started] == [name in suite._WITH_TEXTS for name in suite.BENCHMARKS]
-    assert "error: of 8 benchmarks 1 failed: lora" in capsys.readouterr().err
-    names = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert names == sorted(f"{name}.json" for name in suite.BENCHMARKS if name != "lora")
-    started.clear()
-    assert suite.run("all", given) == 1
-    assert [command[2] for command in started] == ["bivec.benchmarks.lora"]
-
-
-def test_on_cuda_the_shapes_are_larger(started, tmp_path):
-    suite.run("all", ["--output", str(tmp_path), "--device", "cuda"])
-    shapes = [command[command.index("--shape") + 1] for command in started if "--shape" in command]
-    assert shapes == ["1B", "1B", "1B", "8B"]
-    assert (tmp_path / "embed-8B.json").exists()
+    names = [name for name in suite.BENCHMARKS if name != "attention"]
+    assert [command[2] for command in started] == [f"bivec.benchmarks.{name}" for name in names]
+    assert all("--quick" in command and "cpu" in command for command in started)
+    assert ["--tokenizer" in command for command in started] == [name in suite._WITH_TEXTS for name in names]
+    assert "error: of 7 benchmarks 1 failed: lora" in capsys.readouterr().err
+    found = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert found == sorted(f"{name}.json" for name in names if name != "lora")
 
 
 def test_one_benchmark_by_name(tmp_path, monkeypatch):

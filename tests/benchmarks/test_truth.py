@@ -50,4 +50,6 @@ def test_what_is_wrong():
     assert "wrong" in str(wrong(math.nan, torch.bfloat16))
     # the eager version's own error tells better
     assert wrong(2e-3, torch.float32, eager_error=1e-3) is None
-    assert "at most 4.2e-07" in str(wrong(1e-5, torch.float32, eager_error=4.5e-8))
+    assert wrong(9e-6, torch.float32, eager_error=4.5e-8) is None
+    assert wrong(3e-4, torch.float32, eager_error=4.5e-8) == "wrong: error 0.0003 of the largest value, at most 1e-05"
+    assert wrong(0.02, torch.bfloat16, eager_error=1e-3) == "wrong: error 0.02 of the largest value, at most 0.02"

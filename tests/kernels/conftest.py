@@ -45,7 +45,8 @@ def check_against_truth():
 
     The error may be twice the eager version's own in the same dtype plus, of the largest value, one rounding step and
     what float32 sums over a head may lose in another order: n roundings at random make an error of sqrt(n). The eager
-    version's largest error alone is one draw, and by luck a small one on some processors.
+    version's largest error alone is one draw, and by luck a small one on some processors. On CUDA a power of two or a
+    logarithm is off by two units of float32 (`ex2.approx`, `lg2.approx`), and a probability is made of up to four.
     """
 
     def check(function, reference, inputs, upstream, *args, **kwargs):
@@ -57,8 +58,9 @@ def check_against_truth():
             assert ours.isfinite().all(), name
             error, baseline = (ours.double() - exact).abs(), (theirs.double() - exact).abs()
             if exact.numel():
-                sums = ours.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
-                steps = (torch.finfo(ours.dtype).eps + sums) * exact.abs().max().item()
+                sums = ours.shape[-1] ** 0.5 + (8 if ours.is_cuda else 0)
+                steps = torch.finfo(ours.dtype).eps + sums * torch.finfo(torch.float32).eps
+                steps *= exact.abs().max().item()
                 assert error.max().item() <= 2 * baseline.max().item() + steps, name
         return computed
 

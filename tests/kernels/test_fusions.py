@@ -90,7 +90,9 @@ def check(ours, spec, inputs, upstream, num_steps=1):
         assert got.shape == exact.shape
         assert got.isfinite().all(), place
         if exact.numel():
-            step = num_steps * torch.finfo(got.dtype).eps * exact.abs().max()
+            # a GPU's powers of two and reciprocal roots are off by two units of float32 each
+            approximated = 4 * torch.finfo(torch.float32).eps if got.is_cuda else 0.0
+            step = (num_steps * torch.finfo(got.dtype).eps + approximated) * exact.abs().max()
             assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max() + step, place
     for index, together in enumerate(gradients):
         alone_outputs, (alone,) = evaluate(ours, inputs, upstream, wanted=[index])
