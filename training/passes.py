@@ -19,7 +19,8 @@ from .settings import TrainingSettings
 from .trainee import Trainee
 
 _BUDGETS = (4096, 8192, 16384, 32768)  # tokens of a pass to choose from
-_STATE_BYTES = 4 + 8  # of an element that is trained: its gradient and AdamW's moments, float32
+# of an element that is trained: its gradient, AdamW's moments, and what autocast makes of it, as if all were float32
+_STATE_BYTES = 4 + 8 + 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

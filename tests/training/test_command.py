@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +40,13 @@ def test_without_a_stage_the_help_is_shown():
     assert run().exit_code == 2
     assert "bivec train STAGE --help lists every field" in " ".join(run("--help").output.split())
     assert run("--help").exit_code == 0
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}])
+def test_cuda_memory_grows_in_place_unless_it_is_told_otherwise(monkeypatch, own):
+    monkeypatch.setattr(os, "environ", dict(own))
+    run("no-stage")
+    assert dict(os.environ) == (own or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 @pytest.mark.parametrize(

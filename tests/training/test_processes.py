@@ -7,11 +7,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from bivec.training import train
+from bivec.training.processes import Processes
 
 TRAIN = """
 import json, sys
@@ -69,3 +73,18 @@ def test_two_processes_are_one(make_settings, tmp_path, stage, changes, text_fil
     for name in one:
         assert (one[name] - two[name]).abs().max() < 2e-5, name
     assert max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name) > 1e-3
+
+
+def test_what_the_hosts_know_is_not_summed_on_the_device(monkeypatch):
+    """Which they would wait for."""
+    made, summed = [], []
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="world"))
+    monkeypatch.setattr(dist, "new_group", lambda backend: made.append(backend) or "hosts")
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda tensor, group: summed.append((tensor.device.type, group)) or tensor.mul_(2)
+    )
+    for device in ("cuda", "cpu"):
+        accelerator = SimpleNamespace(process_index=0, num_processes=2, device=torch.device(device))
+        assert Processes(accelerator).sum(3, 0.5) == [6.0, 1.0]
+    assert made == ["gloo"]
+    assert summed == [("cpu", "hosts"), ("cpu", "world")]

@@ -134,8 +134,8 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(loop._Run, "__init__", behind)
 
 
-def spoil(monkeypatch, steps: set[int]) -> None:
-    """Give the gradients of these steps an infinity."""
+def spoil(monkeypatch, steps: set[int]) -> list[int]:
+    """Give the gradients of these steps an infinity; returns the number of steps so far, as it grows."""
     original, calls = Optimizer.step, [0]
 
     def spoiled(self):
@@ -145,6 +145,7 @@ def spoil(monkeypatch, steps: set[int]) -> None:
         return original(self)
 
     monkeypatch.setattr(Optimizer, "step", spoiled)
+    return calls
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
@@ -206,9 +207,10 @@ def test_the_log_is_the_same_where_steps_are_read_later(settings, request, monke
 
 
 def test_skipped_steps_in_a_row_are_counted_where_they_are_read_later(settings, as_on_cuda, monkeypatch):
-    spoil(monkeypatch, {2, 3, 4})
+    calls = spoil(monkeypatch, {2, 3, 4})
     with pytest.raises(RuntimeError, match="3 steps in a row, the last of them 4, had no finite gradient"):
         train(settings(max_skipped_steps=3))
+    assert calls == [5]  # one more than where nothing is behind
     assert [entry["step"] for entry in entries(settings())] == [1, 2, 3]
 
 
