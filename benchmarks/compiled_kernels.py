@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels.attention import operator as attention
 from ..kernels.attention import tiles as attention_tiles
-from ..kernels.contrastive import chunks as contrastive_chunks
+from ..kernels.contrastive import contrastive_loss
 from ..kernels.cross_entropy import kernel as cross_entropy
 from ..kernels.lora import kernels as lora
 from ..kernels.lora import room_behind
@@ -37,6 +37,7 @@ from ..kernels.pooling import sums as pooling_sums
 from ..kernels.rotary import kernel as rotary
 from ..kernels.swiglu import kernels as swiglu
 from . import sass
+from .fake_cuda import FakeCuda
 
 MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,6 +46,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "annealed": {"future_p": 0.5},
 }
 RANDOM_MASKS = ("dropout", "annealed")
+TERMS = ("plain", "groups", "all")  # of the contrastive loss: groups as well, and both directions
 
 
 class _AbsentDevice:
@@ -132,21 +134,29 @@ def compile_pooling(capability: int, size: int, dtype: torch.dtype, norm: str) -
 
 
 def compile_contrastive(capability: int, num_keys: int, dtype: torch.dtype, terms: str) -> dict:
-    """Kernel name -> resources of the kernels of the contrastive loss: `plain`, or `all` of groups and both directions.
+    """Kernel name -> resources of what a contrastive loss launches: `plain`, of `groups`, or of `all` terms.
 
-    A number of keys that is a multiple of 16 is specialised on.
+    101 keys are a small batch, of which nothing is a multiple of 16; 65,536 go through the chunks.
     """
-    device = torch.device("cpu")
-    logits = contrastive_chunks._rows_buffer(16, num_keys, torch.float32, device)
-    gradient = logits if dtype == torch.float32 else contrastive_chunks._rows_buffer(16, num_keys, dtype, device)
-    targets, column_lse = torch.zeros(16).long(), torch.zeros(num_keys)
-    groups = torch.zeros(num_keys).long() if terms == "all" else None
-    directions = column_lse if terms == "all" else None
-    loss, dot, temperature = torch.empty(16), torch.empty(16), torch.tensor(0.05)
-    with collected_launches(capability) as launches:
-        contrastive_chunks.launch_rows(logits, gradient, targets, groups, directions, temperature, loss, dot, 1.0)
-        contrastive_chunks.launch_columns(logits, targets, groups, column_lse, temperature)
-    return {kernel.metadata.name.strip("_"): resources(kernel) for kernel in launches}
+    with FakeCuda(divmod(capability, 10)) as fake:
+        num_queries = min(num_keys, 256)
+        queries, keys = (
+            torch.empty(number, 768, dtype=dtype, device="cuda", requires_grad=True)
+            for number in (num_queries, num_keys)
+        )
+        groups = None if terms == "plain" else torch.empty(num_keys, dtype=torch.int64, device="cuda")
+        contrastive_loss(queries, keys, groups=groups, symmetric=terms == "all").backward()
+    found: dict = {}
+    with collected_launches(capability) as compiled:
+        for launch in fake.triton:
+            launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
+            found[compiled[-1].hash] = compiled[-1]
+    rows: dict = {}
+    for kernel in found.values():
+        name = kernel.metadata.name.strip("_")
+        earlier = sum(other.startswith(name) for other in rows)
+        rows[f"{name} {earlier + 1}" if earlier else name] = resources(kernel)
+    return rows
 
 
 def compile_lora(capability: int, size: int, dtype: torch.dtype, adapters: str) -> dict:
@@ -218,7 +228,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256], help="attention")
     parser.add_argument("--mask", nargs="+", default=["plain", "dropout"], choices=list(MASKS), help="attention")
     parser.add_argument("--num-keys", type=int, nargs="+", default=[101, 65536], help="contrastive")
-    parser.add_argument("--terms", nargs="+", default=["plain", "all"], choices=["plain", "all"], help="contrastive")
+    parser.add_argument("--terms", nargs="+", default=list(TERMS), choices=TERMS, help="contrastive")
     parser.add_argument("--hidden-size", type=int, nargs="+", default=[576, 2048, 4096], help="pooling, lora")
     parser.add_argument("--norm", nargs="+", default=["none", "rms"], choices=["none", "rms"], help="pooling")
     parser.add_argument("--size", type=int, nargs="+", default=[576, 2048, 8192], help="fusions")

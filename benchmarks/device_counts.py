@@ -7,7 +7,8 @@
 - `bytes`: each tensor that an operator takes is read once, and each that it makes or changes is written once; expanded
   dimensions count once. A gather (embedding, `index_select`) reads what it writes, a scatter writes what it reads. Each
   tensor that a Triton kernel loads from is read once and each that it stores to is written once, whole (so attention's
-  kernels for short and for long sequences count all sequences each).
+  kernels for short and for long sequences count all sequences each); of a kernel whose programs return at once unless a
+  flag is set, the flags.
 """
 
 import sys
@@ -30,6 +31,8 @@ _FILLS = {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_
 _FILLS |= {"zero_", "fill_", "scalar_tensor"}
 _GATHERS = {"embedding", "index_select", "gather", "index"}
 _SCATTERS = {"index_put", "index_copy", "index_add", "scatter", "scatter_add"}
+
+_RETURN_AT_ONCE = {"_contrastive_repair_kernel": "flags_ptr"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Launch:
     @property
     def counts(self) -> Counts:
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
+        if self.name in _RETURN_AT_ONCE:
+            tensors = {name: value for name, value in tensors.items() if name == _RETURN_AT_ONCE[self.name]}
         num_bytes = sum(
             bytes_of(tensors[name] for name in names & set(tensors)) for names in accesses(self.kernel, self.arguments)
         )

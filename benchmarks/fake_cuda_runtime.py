@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # the first tensor that requires a gradient would import it, and what it then finds is patched
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from triton.runtime.interpreter import InterpretedFunction

@@ -5,8 +5,9 @@ hidden states.
     loss = cross_entropy(scores, targets)
 
 `reference.py` says the same in eager PyTorch. `N` queries, `M` keys, `E` embedding size, `T` packed tokens, `S`
-sequences. The forward goes through the queries by chunks and leaves the gradients behind, which the backward scales:
-6 N M E operations for both, and memory linear in N and M. A second run gives the same bits.
+sequences. The forward leaves the gradients behind, which the backward scales: a small batch takes two launches
+(`small.py`), a large one goes through the queries by chunks, with 6 N M E operations for both and memory linear in N
+and M (`chunks.py`); without Triton PyTorch does (`eager.py`). A second run gives the same bits.
 """
 
 import math
@@ -18,67 +19,111 @@ from torch import Tensor
 
 from ..checks import describe, require
 from ..pooling import PoolingMode, pool
-from .chunks import column_log_sum_exp, gradient_dtype, loss_and_gradients
+from ..ragged import INTERPRETED
+from . import chunks, eager, small
 from .gather import combine_columns, gather_keys, shapes_by_rank
+from .scale import scale_gradients
+
+
+def runs_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and INTERPRETED)
 
 
 @torch.library.custom_op("bivec::contrastive_loss", mutates_args=())
 def _contrastive_forward(
     queries: Tensor,
     keys: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     groups: Tensor | None,
     column_lse: Tensor | None,
-    temperature: Tensor,
+    row_lse: Tensor | None,
+    temperature: Tensor | None,
+    number: float,
     normalize: bool,
+    symmetric: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and its gradients by queries, keys and temperature, empty unless needed."""
+    """Loss; its gradients by queries and keys, empty unless needed; by the temperature, as parts of a sum.
+
+    Targets of None are the diagonal, a temperature of None is `number`. `symmetric` comes with `column_lse` and
+    `row_lse`, but for a small batch of one process.
+    """
+    device = queries.device
     with torch.cuda.device_of(queries):
-        return loss_and_gradients(queries, keys, targets, groups, column_lse, temperature, normalize, needs_gradient)
+        if runs_kernel(device) and small.is_small(queries.shape[0], keys.shape[0]):
+            degree = number if temperature is None else temperature
+            return small.loss_and_gradients(
+                queries, keys, targets, groups, column_lse, degree, normalize, symmetric, needs_gradient
+            )
+        if targets is None:
+            targets = torch.arange(queries.shape[0], device=device)
+        if temperature is None:
+            temperature = torch.full((), number, dtype=torch.float32, device=device)
+        last = (temperature, normalize, needs_gradient)
+        if runs_kernel(device):
+            return chunks.loss_and_gradients(queries, keys, targets, groups, column_lse, row_lse, *last)
+        return eager.loss_and_gradients(queries, keys, targets, groups, column_lse, *last)
 
 
 @_contrastive_forward.register_fake
-def _(queries, keys, targets, groups, column_lse, temperature, normalize, needs_gradient):
-    scalar = temperature.new_empty((), dtype=torch.float32)
+def _(queries, keys, targets, groups, column_lse, row_lse, temperature, number, normalize, symmetric, needs_gradient):
+    loss = queries.new_empty((), dtype=torch.float32)
+    grad_temperature = loss.new_empty(queries.shape[0] if runs_kernel(queries.device) else 1)
     if not needs_gradient:
-        return scalar, queries.new_empty(0), queries.new_empty(0), torch.empty_like(scalar)
-    gradients = (rows.new_empty(rows.shape, dtype=gradient_dtype(rows.dtype)) for rows in (queries, keys))
-    return scalar, *gradients, torch.empty_like(scalar)
+        return loss, queries.new_empty(0), keys.new_empty(0), grad_temperature
+    gradients = (rows.new_empty(rows.shape, dtype=eager.gradient_dtype(rows.dtype)) for rows in (queries, keys))
+    return loss, *gradients, grad_temperature
 
 
 def _save_for_backward(ctx, inputs, output):
     _, *gradients = output
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # or each of these outputs would get zeros for a gradient
     ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx, upstream, *_):
-    grad_queries, grad_keys, grad_temperature = ctx.saved_tensors
-    # two dimensions, because a scalar would first be rounded to the gradients' dtype
-    grad_queries, grad_keys = (
-        (gradient * upstream.reshape(1, 1)).to(ctx.dtype) if needed else None
-        for gradient, needed in zip((grad_queries, grad_keys), ctx.needs_input_grad, strict=False)
-    )
-    return grad_queries, grad_keys, None, None, None, grad_temperature * upstream, None, None
+    *gradients, grad_temperature = ctx.saved_tensors
+    needs_gradients, needs_temperature = ctx.needs_input_grad[:2], ctx.needs_input_grad[6]
+    wanted = [gradient for gradient, needed in zip(gradients, needs_gradients, strict=True) if needed]
+    if not runs_kernel(upstream.device):
+        # two dimensions, because a scalar would first be rounded to the gradients' dtype
+        wanted = [(gradient * upstream.reshape(1, 1)).to(ctx.dtype) for gradient in wanted]
+    elif wanted:
+        wanted = scale_gradients(wanted, upstream, ctx.dtype)
+    left = iter(wanted)
+    grad_queries, grad_keys = (next(left) if needed else None for needed in needs_gradients)
+    grad_temperature = grad_temperature.sum() * upstream if needs_temperature else None
+    return grad_queries, grad_keys, None, None, None, None, grad_temperature, None, None, None, None
 
 
 _contrastive_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @torch.library.custom_op("bivec::contrastive_columns", mutates_args=())
-def _column_lse(
+def _log_sum_exps(
     queries: Tensor, keys: Tensor, targets: Tensor, groups: Tensor | None, temperature: Tensor, normalize: bool
-) -> Tensor:
-    """Log-sum-exp over the queries of each key's scores, (M,); its part of the gradient is in the loss's operator."""
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each key's scores over the queries, (M,), and what else the loss's operator then needs.
+
+    That is of each query's negatives, (N,), empty unless it is needed. Their part of the gradient is the loss's.
+    """
+    arguments = (queries, keys, targets, groups, temperature, normalize)
     with torch.cuda.device_of(queries):
-        return column_log_sum_exp(queries, keys, targets, groups, temperature, normalize)
+        if not runs_kernel(queries.device):
+            return eager.column_log_sum_exp(*arguments), queries.new_empty(0, dtype=torch.float32)
+        if small.is_small(queries.shape[0], keys.shape[0]):
+            return small.column_log_sum_exp(*arguments), queries.new_empty(0, dtype=torch.float32)
+        return chunks.log_sum_exps(*arguments)
 
 
-@_column_lse.register_fake
+@_log_sum_exps.register_fake
 def _(queries, keys, targets, groups, temperature, normalize):
-    return queries.new_empty(keys.shape[0], dtype=torch.float32)
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    by_chunks = runs_kernel(queries.device) and not small.is_small(num_queries, num_keys)
+    sizes = num_keys, num_queries if by_chunks else 0
+    return tuple(queries.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 def contrastive_loss(
@@ -118,33 +163,52 @@ def contrastive_loss(
     assertion guards the first two, and the other ranks' shapes.
     """
     _check_rows(queries, keys, targets)
-    temperature_tensor = _check_temperature(temperature, queries.device)
+    temperature_tensor, number = _check_temperature(temperature, queries.device)
     _check_groups(groups, keys)
     sizes = _check_dims(dims, queries.shape[1])
-    if targets is None:
-        targets = torch.arange(queries.shape[0], device=queries.device)
-    elif symmetric:
+    if targets is not None and symmetric:
         counts = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
         counts.scatter_add_(0, targets, torch.ones_like(targets))
         require((counts <= 1).all(), "targets must be unique when symmetric, got one twice")
+    # on a GPU columns of a small batch are the loss's own; nobody else needs targets of the diagonal or a tensor
+    columns_apart = symmetric and (process_group is not None or not _takes_two_launches(queries, keys))
+    if targets is None and columns_apart:
+        targets = torch.arange(queries.shape[0], device=queries.device)
+    if temperature_tensor is None and columns_apart:
+        temperature_tensor = torch.full((), number, dtype=torch.float32, device=queries.device)
     if process_group is not None:
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError("process_group must have this process among its ranks, got one without it")
         _check_ranks(queries, keys, groups, process_group)
-        targets = targets + rank * keys.shape[0]
+        first = rank * keys.shape[0]
+        if targets is None:
+            targets = torch.arange(first, first + queries.shape[0], device=queries.device)
+        else:
+            targets = targets + first
         keys, groups = gather_keys(keys, groups, process_group)
     needs_gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (queries, keys, temperature_tensor)
+        tensor is not None and tensor.requires_grad for tensor in (queries, keys, temperature_tensor)
     )
     losses = []
     for size in sizes:
         rows = (queries[:, :size], keys[:, :size])
-        column_lse = None
-        if symmetric:
-            column_lse = _positives_columns(*rows, targets, groups, temperature_tensor, normalize, process_group)
+        column_lse = row_lse = None
+        if columns_apart:
+            column_lse, row_lse = _positives_columns(
+                *rows, targets, groups, temperature_tensor, normalize, process_group
+            )
         loss, *_ = _contrastive_forward(
-            *rows, targets, groups, column_lse, temperature_tensor, normalize, needs_gradient
+            *rows,
+            targets,
+            groups,
+            column_lse,
+            row_lse,
+            temperature_tensor,
+            number,
+            normalize,
+            symmetric,
+            needs_gradient,
         )
         losses.append(loss)
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
@@ -200,13 +264,15 @@ def pooled_contrastive_loss(
     )
 
 
-def _positives_columns(queries, keys, targets, groups, temperature, normalize, process_group) -> Tensor:
-    """Log-sum-exp of every positive's column over the queries of all ranks; infinite for the other columns."""
-    column_lse = _column_lse(queries.detach(), keys.detach(), targets, groups, temperature.detach(), normalize)
+def _positives_columns(queries, keys, targets, groups, temperature, normalize, process_group) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of every positive's column over the queries of all ranks, infinite for the others; of the rows."""
+    column_lse, row_lse = _log_sum_exps(
+        queries.detach(), keys.detach(), targets, groups, temperature.detach(), normalize
+    )
     is_positive = torch.zeros_like(column_lse, dtype=torch.bool).scatter(0, targets, True)
     if process_group is not None:
         column_lse, is_positive = combine_columns(column_lse, is_positive, process_group)
-    return column_lse.masked_fill(~is_positive, math.inf)
+    return column_lse.masked_fill(~is_positive, math.inf), row_lse
 
 
 def _check_rows(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
@@ -232,21 +298,25 @@ def _check_rows(queries: Tensor, keys: Tensor, targets: Tensor | None) -> None:
     require(((targets >= 0) & (targets < num_keys)).all(), f"targets must be from 0 to {num_keys - 1}, got one outside")
 
 
-def _check_temperature(temperature: float | Tensor, device: torch.device) -> Tensor:
-    """As a float32 scalar on the device."""
+def _takes_two_launches(queries: Tensor, keys: Tensor) -> bool:
+    return runs_kernel(queries.device) and small.is_small(queries.shape[0], keys.shape[0])
+
+
+def _check_temperature(temperature: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
+    """A float32 scalar on the device, or the number."""
     if not isinstance(temperature, Tensor):
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise ValueError(f"temperature must be a number or a tensor of one element, got {temperature!r}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be finite and above 0, got {temperature}")
-        return torch.full((), temperature, dtype=torch.float32, device=device)
+        return None, float(temperature)
     if temperature.numel() != 1 or not temperature.is_floating_point():
         raise ValueError(f"temperature must be one floating-point element, got {describe(temperature)}")
     if temperature.device != device:
         raise ValueError(f"temperature must be on queries' device {device}, got {temperature.device}")
     if device.type == "cpu":
         require((temperature > 0).all(), "temperature must be above 0, got a tensor that is not")
-    return temperature.reshape(()).float()
+    return temperature.reshape(()).float(), 0.0
 
 
 def _check_groups(groups: Tensor | None, keys: Tensor) -> None:

@@ -1,286 +1,318 @@
-"""The contrastive loss by chunks of rows: matrix products around one kernel that turns logits into their gradient.
+"""The contrastive loss by chunks of rows on a GPU: no score is ever written, only its exponential, which products read.
 
-    logits = queries[chunk] @ keys.T                                  # the only matrix with M columns
-    row_loss, gradient = softmax cross-entropy of logits / temperature, in the logits' own memory
-    grad_queries[chunk] = gradient @ keys;  grad_keys += gradient.T @ queries[chunk]
+    probabilities = exp(queries[chunk] @ keys.T / temperature - offset)           # the only matrix with M columns
+    grad_queries[chunk] = probabilities @ keys / sum
+    grad_keys += probabilities.T @ (queries[chunk] / sum)
 
-A chunk's log-sum-exp is known as soon as its logits are, so forward and backward are three products and nothing is
-multiplied twice. `N` queries, `M` keys, `E` embedding size. Where Triton does not run, the same chunks go through eager
-PyTorch in float32.
+`N` queries, `M` keys, `E` embedding size. The sum of a row is known when its probabilities are, and it is divided by it
+on the other side of each product, so forward and backward are three products: 6 N M E operations. Two cases need the
+log-sum-exps before anything is written, and so one product more: the loss in both directions, and float16, which has no
+room for numbers that are not yet divided.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..chunks import accumulate, multiply
-from ..ragged import INTERPRETED, narrow
+from ..ragged import INTERPRETED
+from .eager import gradient_dtype
+from .rows import (
+    _contrastive_finish_gradient_kernel,
+    _contrastive_finish_rows_kernel,
+    _contrastive_unit_rows_kernel,
+)
+from .scores import (
+    _contrastive_gradient_kernel,
+    _contrastive_probabilities_kernel,
+    _contrastive_repair_kernel,
+    _contrastive_statistics_kernel,
+)
+from .small import FLOAT16_GRADIENT_SCALE
 
-# float32 logits held at a time: each CUDA chunk adds into all M key gradients once, so few chunks; a CPU has caches
-LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
-CACHED_ELEMENTS = 2**18  # of the logits that eager PyTorch works on at once
-# float16 probabilities of a large batch would be subnormal; |gradient| <= 2 leaves this much room
-FLOAT16_GRADIENT_SCALE = 2.0**14
-NORM_EPS = 1e-12  # torch.nn.functional.normalize's
-# the score of a masked key: finite, so that probability zero times it is zero
-MASKED = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _mask_scores(scores, columns, targets, in_range, groups_ptr, target_groups, num_keys, HAS_GROUPS: tl.constexpr):
-    """Scores with the false negatives masked, keys of the positive's group that are not the positive, and padding."""
-    if HAS_GROUPS:
-        groups = tl.load(groups_ptr + columns, mask=columns < num_keys, other=-1)
-        in_range = in_range & (((groups != target_groups) & (groups >= 0)) | (columns == targets))
-    return tl.where(in_range, scores, MASKED)
-
-
-@triton.jit
-def _contrastive_rows_kernel(
-    logits_ptr,
-    gradient_ptr,
-    targets_ptr,
-    groups_ptr,
-    column_lse_ptr,
-    temperature_ptr,
-    loss_ptr,
-    dot_ptr,
-    num_keys,
-    stride_logits,
-    stride_gradient,
-    gradient_scale,
-    HAS_GROUPS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
-    logits_ptr += row * stride_logits
-    gradient_ptr += row * stride_gradient
-    positive = tl.load(logits_ptr + target) * inverse_temperature
-    target_group = 0
-    if HAS_GROUPS:
-        target_group = tl.load(groups_ptr + target)
-
-    maximum = positive  # always visible, so never the masked value
-    total = 0.0
-    for start in tl.range(0, num_keys, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        in_range = columns < num_keys
-        scores = tl.load(logits_ptr + columns, mask=in_range, other=0.0) * inverse_temperature  # [BLOCK_N]
-        scores = _mask_scores(scores, columns, target, in_range, groups_ptr, target_group, num_keys, HAS_GROUPS)
-        larger = tl.maximum(maximum, tl.max(scores, axis=0))
-        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(scores - larger), axis=0)
-        maximum = larger
-    lse = maximum + tl.log(total)
-    loss = lse - positive
-    if SYMMETRIC:
-        loss += tl.load(column_lse_ptr + target) - positive
-    tl.store(loss_ptr + row, loss)
-
-    if HAS_GRADIENT:
-        dot = 0.0
-        for start in tl.range(0, num_keys, BLOCK_N):
-            columns = start + tl.arange(0, BLOCK_N)
-            in_range = columns < num_keys
-            scores = tl.load(logits_ptr + columns, mask=in_range, other=0.0) * inverse_temperature  # [BLOCK_N]
-            scores = _mask_scores(scores, columns, target, in_range, groups_ptr, target_group, num_keys, HAS_GROUPS)
-            gradient = tl.exp(scores - lse)
-            gradient = tl.where(columns == target, gradient - 1.0, gradient)
-            if SYMMETRIC:
-                column_lse = tl.load(column_lse_ptr + columns, mask=in_range, other=float("inf"))
-                gradient += tl.exp(scores - column_lse)
-                gradient = tl.where(columns == target, gradient - 1.0, gradient)
-            dot += tl.sum(gradient * scores, axis=0)
-            narrowed = narrow(gradient * gradient_scale, gradient_ptr.dtype.element_ty, UPCAST)
-            tl.store(gradient_ptr + columns, narrowed, mask=in_range)
-        tl.store(dot_ptr + row, dot)
+# probabilities held at a time: each chunk reads all keys and adds into all of their gradients, so few chunks
+MATRIX_BYTES = 512 * 2**20
+LARGEST_CHUNK = 2**14  # rows, however few the keys
 
 
-@triton.jit
-def _contrastive_columns_kernel(
-    logits_ptr,
-    targets_ptr,
-    groups_ptr,
-    column_lse_ptr,
-    temperature_ptr,
-    num_rows,
-    num_keys,
-    stride_logits,
-    HAS_GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add a chunk's rows to the running log-sum-exp of each column."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr)
-    maximum = tl.full([BLOCK_N], MASKED, tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for start in tl.range(0, num_rows, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        in_range = (rows < num_rows)[:, None] & (columns < num_keys)[None, :]
-        targets = tl.load(targets_ptr + rows, mask=rows < num_rows, other=0)
-        target_groups = targets
-        if HAS_GROUPS:
-            target_groups = tl.load(groups_ptr + targets)
-        ptrs = logits_ptr + rows.to(tl.int64)[:, None] * stride_logits + columns[None, :]
-        scores = tl.load(ptrs, mask=in_range, other=0.0) * inverse_temperature  # [BLOCK_M, BLOCK_N]
-        scores = _mask_scores(
-            scores,
-            columns[None, :],
-            targets[:, None],
-            in_range,
-            groups_ptr,
-            target_groups[:, None],
-            num_keys,
-            HAS_GROUPS,
+class ProductTiles(NamedTuple):
+    """Queries, keys and embedding columns of a tile of the product, its warps and stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class UnitRows(NamedTuple):
+    """Rows of length one in their dtype, zero from E up to a multiple of 64, and what they were multiplied by."""
+
+    queries: Tensor
+    keys: Tensor
+    query_scales: Tensor
+    key_scales: Tensor
+    positives: Tensor  # (N,) each query's product with its positive
+
+
+def product_tiles(dtype: torch.dtype, device: torch.device, wide: bool) -> ProductTiles:
+    """`wide` for a kernel that needs few registers beside its tile."""
+    if INTERPRETED:
+        return ProductTiles(32, 64 if wide else 32, 32, 1, 1)
+    if dtype == torch.float32:
+        return ProductTiles(64, 64, 32, 4, 3)
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 12 or (major == 8 and minor > 0):  # 100 KB of shared memory
+        return ProductTiles(128, 128, 32, 8, 3)
+    return ProductTiles(128, 256 if wide and major >= 9 else 128, 64, 8, 3)
+
+
+def chunk_rows(num_queries: int, num_keys: int, dtype: torch.dtype, block_m: int) -> int:
+    """Queries to a chunk: a multiple of `block_m` whose probabilities stay about MATRIX_BYTES."""
+    rows = MATRIX_BYTES // (dtype.itemsize * num_keys) // block_m * block_m
+    return min(max(rows, block_m), LARGEST_CHUNK, triton.cdiv(num_queries, block_m) * block_m)
+
+
+def unit_rows(queries: Tensor, keys: Tensor, targets: Tensor, normalize: bool) -> UnitRows:
+    (num_queries, size), num_keys = queries.shape, keys.shape[0]
+    padded_size = triton.cdiv(size, 64) * 64
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=queries.device)
+
+    result = UnitRows(
+        empty(num_queries, padded_size, dtype=queries.dtype),
+        empty(num_keys, padded_size, dtype=keys.dtype),
+        empty(num_queries),
+        empty(num_keys),
+        empty(num_queries),
+    )
+    _contrastive_unit_rows_kernel[(num_queries + num_keys,)](
+        queries_ptr=queries,
+        keys_ptr=keys,
+        targets_ptr=targets,
+        unit_queries_ptr=result.queries,
+        unit_keys_ptr=result.keys,
+        query_scales_ptr=result.query_scales,
+        key_scales_ptr=result.key_scales,
+        positives_ptr=result.positives,
+        num_keys=num_keys,
+        size=size,
+        padded_size=padded_size,
+        stride_qn=queries.stride(0),
+        stride_qe=queries.stride(1),
+        stride_km=keys.stride(0),
+        stride_ke=keys.stride(1),
+        NORMALIZE=normalize,
+        **_row_launch(queries.dtype, padded_size),
+    )
+    return result
+
+
+class Chunks:
+    """The launches over chunks of rows; buffers are those of the largest chunk."""
+
+    def __init__(self, units: UnitRows, targets: Tensor, groups: Tensor | None, temperature: Tensor, wide: bool):
+        self.units, self.targets, self.temperature = units, targets, temperature
+        self.groups = None if groups is None else _dense(groups)
+        (self.num_queries, self.padded_size), self.num_keys = units.queries.shape, units.keys.shape[0]
+        self.dtype, self.device = units.queries.dtype, units.queries.device
+        self.tiles = product_tiles(self.dtype, self.device, wide)
+        self.step = chunk_rows(self.num_queries, self.num_keys, self.dtype, self.tiles.block_m)
+        self.num_tiles = triton.cdiv(self.num_keys, self.tiles.block_n)
+
+    def __iter__(self):
+        for start in range(0, self.num_queries, self.step):
+            yield slice(start, min(start + self.step, self.num_queries))
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def matrix(self) -> Tensor:
+        """(step, num_tiles * block_n): whole tiles, so that rows are aligned and no store needs a mask."""
+        return torch.empty((self.step, self.num_tiles * self.tiles.block_n), dtype=self.dtype, device=self.device)
+
+    def num_row_tiles(self, chunk: slice) -> int:
+        return triton.cdiv(chunk.stop - chunk.start, self.tiles.block_m)
+
+    def product_arguments(self, chunk: slice, tiles: ProductTiles) -> dict:
+        """What every kernel that multiplies takes."""
+        return {
+            "queries_ptr": self.units.queries[chunk],
+            "keys_ptr": self.units.keys,
+            "targets_ptr": self.targets[chunk],
+            "groups_ptr": self.temperature if self.groups is None else self.groups,
+            "temperature_ptr": self.temperature,
+            "num_rows": chunk.stop - chunk.start,
+            "num_keys": self.num_keys,
+            "padded_size": self.padded_size,
+            "num_tiles": self.num_tiles,
+            "HAS_GROUPS": self.groups is not None,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            "UPCAST": INTERPRETED and self.dtype == torch.bfloat16,
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+    def launch_probabilities(
+        self, chunk: slice, partials: Tensor, flags: Tensor, shifts: Tensor, matrix: Tensor | None
+    ) -> None:
+        """Probabilities (step, M), their tiles' sums, and both again where a row's `flags` ask for it."""
+        written = self.units.queries if matrix is None else matrix
+        row_tiles = self.num_row_tiles(chunk)
+        arguments = {
+            "positives_ptr": self.units.positives[chunk],
+            "probabilities_ptr": written,
+            "partials_ptr": partials,
+            "flags_ptr": flags,
+            "stride_probabilities": written.stride(0),
+            "HAS_GRADIENT": matrix is not None,
+        }
+        _contrastive_probabilities_kernel[(row_tiles * self.num_tiles,)](
+            num_row_tiles=row_tiles, **arguments, **self.product_arguments(chunk, self.tiles)
         )
-        larger = tl.maximum(maximum, tl.max(scores, axis=0))
-        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(scores - larger[None, :]), axis=0)
-        maximum = larger
-    before = tl.load(column_lse_ptr + columns, mask=columns < num_keys, other=MASKED)
-    larger = tl.maximum(maximum, before)
-    lse = larger + tl.log(tl.exp(before - larger) + total * tl.exp(maximum - larger))
-    tl.store(column_lse_ptr + columns, lse, mask=columns < num_keys)
+        tiles = product_tiles(self.dtype, self.device, wide=False)
+        _contrastive_repair_kernel[(row_tiles,)](shifts_ptr=shifts, **arguments, **self.product_arguments(chunk, tiles))
+
+    def launch_finish_rows(
+        self,
+        chunk: slice,
+        partials: Tensor,
+        flags: Tensor,
+        shifts: Tensor,
+        matrix: Tensor | None,
+        scaled: Tensor | None,
+        losses: Tensor,
+        dots: Tensor,
+        inverse_sums: Tensor,
+    ) -> None:
+        queries = self.units.queries[chunk]
+        written = queries if matrix is None else matrix
+        _contrastive_finish_rows_kernel[(queries.shape[0],)](
+            partials_ptr=partials,
+            flags_ptr=flags,
+            shifts_ptr=shifts,
+            targets_ptr=self.targets[chunk],
+            queries_ptr=queries,
+            positives_ptr=written[:, 0],  # one element of each row is written
+            scaled_ptr=queries if scaled is None else scaled,
+            losses_ptr=losses[chunk],
+            dots_ptr=dots[chunk],
+            inverse_sums_ptr=inverse_sums,
+            num_rows=queries.shape[0],
+            num_tiles=self.num_tiles,
+            padded_size=self.padded_size,
+            stride_probabilities=written.stride(0),
+            HAS_GRADIENT=matrix is not None,
+            BLOCK_M=self.tiles.block_m,
+            BLOCK_T=min(triton.next_power_of_2(self.num_tiles), 512),
+            **_row_launch(self.dtype, self.padded_size),
+        )
+
+    def launch_statistics(self, chunk: slice, row_lse: Tensor, column_lse: Tensor | None) -> None:
+        """Log-sum-exps by tiles: (rows, num_tiles) of each row's negatives, (row tiles, M) of each column."""
+        row_tiles = self.num_row_tiles(chunk)
+        _contrastive_statistics_kernel[(row_tiles * self.num_tiles,)](
+            row_lse_ptr=row_lse,
+            column_lse_ptr=row_lse if column_lse is None else column_lse,
+            num_row_tiles=row_tiles,
+            HAS_COLUMNS=column_lse is not None,
+            **self.product_arguments(chunk, self.tiles),
+        )
+
+    def launch_gradient(
+        self, chunk: slice, row_lse: Tensor, column_lse: Tensor | None, matrix: Tensor, dots: Tensor, scale: float
+    ) -> None:
+        """`scale` times d loss / d scores (step, M), and its rows' dot products with the scores, by tiles."""
+        row_tiles = self.num_row_tiles(chunk)
+        _contrastive_gradient_kernel[(row_tiles * self.num_tiles,)](
+            positives_ptr=self.units.positives[chunk],
+            row_lse_ptr=row_lse[chunk],
+            column_lse_ptr=row_lse if column_lse is None else column_lse,
+            gradient_ptr=matrix,
+            dots_ptr=dots,
+            num_row_tiles=row_tiles,
+            stride_gradient=matrix.stride(0),
+            gradient_scale=scale,
+            SYMMETRIC=column_lse is not None,
+            **self.product_arguments(chunk, self.tiles),
+        )
 
 
-def launch_rows(
-    logits: Tensor,
-    gradient: Tensor | None,
-    targets: Tensor,
-    groups: Tensor | None,
-    column_lse: Tensor | None,
-    temperature: Tensor,
-    loss: Tensor,
-    dot: Tensor,
-    gradient_scale: float,
-) -> None:
-    """Each row's loss, d loss / d scores times `gradient_scale` into `gradient`, and its dot product with the scores.
+class Gradients:
+    """Those of queries and keys, from each chunk's matrix of d loss / d scores."""
 
-    `logits` (rows, M) float32 before the temperature, with `gradient` allowed to be the same memory; `loss` and `dot`
-    (rows,).
-    """
-    num_rows, num_keys = logits.shape
-    written = logits if gradient is None else gradient
-    block_n = min(triton.next_power_of_2(num_keys), 4096)
-    _contrastive_rows_kernel[(num_rows,)](
-        logits_ptr=logits,
-        gradient_ptr=written,
-        targets_ptr=targets,
-        groups_ptr=targets if groups is None else groups,
-        column_lse_ptr=loss if column_lse is None else column_lse,
-        temperature_ptr=temperature,
-        loss_ptr=loss,
-        dot_ptr=dot,
-        num_keys=num_keys,
-        stride_logits=logits.stride(0),
-        stride_gradient=written.stride(0),
-        gradient_scale=gradient_scale,
-        HAS_GROUPS=groups is not None,
-        SYMMETRIC=column_lse is not None,
-        HAS_GRADIENT=gradient is not None,
-        UPCAST=INTERPRETED and written.dtype == torch.bfloat16,
-        BLOCK_N=block_n,
-        num_warps=8 if block_n >= 2048 else 4,
-    )
+    def __init__(self, chunks: Chunks, size: int, normalize: bool, weight: float):
+        self.chunks, self.normalize, self.weight = chunks, normalize, weight
+        dtype, device = gradient_dtype(chunks.dtype), chunks.device
+        self.queries = torch.empty((chunks.num_queries, size), dtype=dtype, device=device)
+        self.keys = torch.empty((chunks.num_keys, size), dtype=dtype, device=device)
+        self.rows = chunks.numbers(chunks.step, chunks.padded_size)
+        self.totals = chunks.numbers(chunks.num_keys, chunks.padded_size)
 
+    def add(self, chunk: slice, matrix: Tensor, queries: Tensor, inverse_sums: Tensor | None) -> None:
+        """`queries` (rows, E) are the chunk's, over its sums of probabilities if the matrix has not been divided."""
+        units = self.chunks.units
+        rows = chunk.stop - chunk.start
+        gradient = matrix[:rows, : self.chunks.num_keys]
+        multiply(gradient, units.keys, self.rows[:rows])
+        self._finish(
+            self.rows[:rows], units.queries[chunk], units.query_scales[chunk], inverse_sums, self.queries[chunk]
+        )
+        if chunk.start == 0:
+            multiply(gradient.T, queries, self.totals)
+        else:
+            accumulate(self.totals, gradient.T, queries)
 
-def launch_columns(
-    logits: Tensor, targets: Tensor, groups: Tensor | None, column_lse: Tensor, temperature: Tensor
-) -> None:
-    num_rows, num_keys = logits.shape
-    block_m, block_n = 16, 128  # 32 rows spill on sm_80
-    _contrastive_columns_kernel[(triton.cdiv(num_keys, block_n),)](
-        logits_ptr=logits,
-        targets_ptr=targets,
-        groups_ptr=targets if groups is None else groups,
-        column_lse_ptr=column_lse,
-        temperature_ptr=temperature,
-        num_rows=num_rows,
-        num_keys=num_keys,
-        stride_logits=logits.stride(0),
-        HAS_GROUPS=groups is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4,
-    )
+    def finish_keys(self) -> None:
+        units = self.chunks.units
+        self._finish(self.totals, units.keys, units.key_scales, None, self.keys)
+
+    def _finish(
+        self, gradient: Tensor, units: Tensor, scales: Tensor, inverse_sums: Tensor | None, out: Tensor
+    ) -> None:
+        _contrastive_finish_gradient_kernel[(out.shape[0],)](
+            gradient_ptr=gradient,
+            units_ptr=units,
+            scales_ptr=scales,
+            inverse_sums_ptr=scales if inverse_sums is None else inverse_sums,
+            temperature_ptr=self.chunks.temperature,
+            out_ptr=out,
+            size=out.shape[1],
+            padded_size=self.chunks.padded_size,
+            weight=self.weight,
+            HAS_SUMS=inverse_sums is not None,
+            NORMALIZE=self.normalize,
+            **_row_launch(out.dtype, self.chunks.padded_size),
+        )
 
 
-def runs_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and INTERPRETED)
-
-
-def _eager_scores(logits: Tensor, targets: Tensor, groups: Tensor | None, temperature: Tensor) -> Tensor:
-    scores = logits.div_(temperature)
-    if groups is not None:
-        masked = (groups[None, :] == groups[targets][:, None]) | (groups < 0)[None, :]
-        masked.scatter_(1, targets[:, None], False)
-        scores.masked_fill_(masked, MASKED.value)
-    return scores
-
-
-def _eager_rows(logits, gradient, targets, groups, column_lse, temperature, loss, dot, gradient_scale) -> None:
-    """`launch_rows` in PyTorch, a few rows at a time, so that its many passes find them in the cache.
-
-    The gradient is not scaled, because float32 needs no scale.
-    """
-    step = max(1, CACHED_ELEMENTS // logits.shape[1])
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        written = None if gradient is None else gradient[rows]
-        _eager_block(logits[rows], written, targets[rows], groups, column_lse, temperature, loss[rows], dot[rows])
-
-
-def _eager_block(logits, gradient, targets, groups, column_lse, temperature, loss, dot) -> None:
-    scores = _eager_scores(logits, targets, groups, temperature)
-    positive = scores.gather(1, targets[:, None])
-    row_lse = scores.logsumexp(1, keepdim=True)
-    loss.copy_((row_lse - positive)[:, 0])
-    if column_lse is not None:
-        loss.add_(column_lse[targets]).sub_(positive[:, 0])
-    if gradient is None:
-        return
-    result = (scores - row_lse).exp_()
-    minus_one = scores.new_full((1, 1), -1.0).expand_as(positive)
-    result.scatter_add_(1, targets[:, None], minus_one)
-    if column_lse is not None:
-        result.add_((scores - column_lse).exp_()).scatter_add_(1, targets[:, None], minus_one)
-    dot.copy_((result * scores).sum(1))
-    gradient.copy_(result)
-
-
-def _eager_columns(logits, targets, groups, column_lse, temperature) -> None:
-    scores = _eager_scores(logits, targets, groups, temperature)
-    torch.logaddexp(column_lse, scores.logsumexp(0), out=column_lse)
-
-
-def chunk_rows(num_queries: int, num_keys: int, device: torch.device) -> int:
-    """Queries to a chunk: a multiple of 64 whose float32 logits stay about LOGITS_BYTES."""
-    budget = LOGITS_BYTES["cuda" if device.type == "cuda" else "cpu"]
-    return min(num_queries, max(budget // (4 * num_keys) // 64, 1) * 64)
-
-
-def column_log_sum_exp(
+def log_sum_exps(
     queries: Tensor, keys: Tensor, targets: Tensor, groups: Tensor | None, temperature: Tensor, normalize: bool
-) -> Tensor:
-    """Log-sum-exp over the queries of each key's masked scores, (M,) float32."""
-    device = queries.device
-    dtype = queries.dtype if runs_kernel(device) else torch.float32
-    add_columns = launch_columns if runs_kernel(device) else _eager_columns
-    unit_keys, _ = _unit_rows(keys, normalize, dtype)
-    column_lse = torch.full((keys.shape[0],), MASKED.value, dtype=torch.float32, device=device)
-    step = chunk_rows(queries.shape[0], keys.shape[0], device)
-    buffer = _rows_buffer(step, keys.shape[0], torch.float32, device)
-    for start in range(0, queries.shape[0], step):
-        unit_queries, _ = _unit_rows(queries[start : start + step], normalize, dtype)
-        logits = buffer[: unit_queries.shape[0]]
-        multiply(unit_queries, unit_keys.T, logits)
-        add_columns(logits, targets[start : start + step], groups, column_lse, temperature)
-    return column_lse
+) -> tuple[Tensor, Tensor]:
+    """Of each column's scores, (M,), and of those of each query's negatives, (N,); float32."""
+    units = unit_rows(queries, keys, targets, normalize)
+    chunks = Chunks(units, targets, groups, temperature, wide=False)
+    return _statistics(chunks, has_columns=True)
+
+
+def _statistics(chunks: Chunks, has_columns: bool) -> tuple[Tensor, Tensor]:
+    row_lse = chunks.numbers(chunks.num_queries)
+    columns = chunks.numbers(0)
+    parts = chunks.numbers(chunks.step, chunks.num_tiles)
+    column_parts = chunks.numbers(chunks.step // chunks.tiles.block_m, chunks.num_keys) if has_columns else None
+    for chunk in chunks:
+        rows = parts[: chunk.stop - chunk.start]
+        chunks.launch_statistics(chunk, rows, column_parts)
+        torch.logsumexp(rows, 1, out=row_lse[chunk])
+        if column_parts is not None:
+            ours = column_parts[: chunks.num_row_tiles(chunk)].logsumexp(0)
+            columns = ours if chunk.start == 0 else torch.logaddexp(columns, ours)
+    return columns, row_lse
 
 
 def loss_and_gradients(
@@ -289,83 +321,88 @@ def loss_and_gradients(
     targets: Tensor,
     groups: Tensor | None,
     column_lse: Tensor | None,
+    row_lse: Tensor | None,
     temperature: Tensor,
     normalize: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients by queries, keys and temperature; the gradients are empty unless needed.
+    """As `eager.loss_and_gradients`, the temperature's gradient as parts (N,) of a sum.
 
-    With `column_lse` (M,), infinite where a key is nobody's positive, the loss is the average of both directions.
-    Gradients have `gradient_dtype(queries.dtype)`.
+    `row_lse` (N,) of the queries' negatives comes with `column_lse`.
     """
-    device, num_queries = queries.device, queries.shape[0]
-    dtype = queries.dtype if runs_kernel(device) else torch.float32
-    differentiate_rows = launch_rows if runs_kernel(device) else _eager_rows
-    scale = FLOAT16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
-    weight = 1 / num_queries if column_lse is None else 0.5 / num_queries
-
-    unit_keys, key_scales = _unit_rows(keys, normalize, dtype)
-    losses, dots = (torch.zeros(num_queries, dtype=torch.float32, device=device) for _ in range(2))
-    step = chunk_rows(num_queries, keys.shape[0], device)
-    logits_buffer = _rows_buffer(step, keys.shape[0], torch.float32, device)
-    gradient_buffer = rows_buffer = None
-    grad_queries, grad_keys = queries.new_empty(0), keys.new_empty(0)
-    if needs_gradient:
-        # products of 16-bit gradients need them in a matrix of their own
-        in_place = dtype == torch.float32
-        gradient_buffer = logits_buffer if in_place else _rows_buffer(step, keys.shape[0], dtype, device)
-        rows_buffer = torch.empty((step, queries.shape[1]), dtype=torch.float32, device=device)
-        grad_queries = torch.empty(queries.shape, dtype=gradient_dtype(queries.dtype), device=device)
-        grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=device)
-        factor = weight / scale / temperature
-
-    for start in range(0, num_queries, step):
-        chunk = slice(start, min(start + step, num_queries))
-        unit_queries, query_scales = _unit_rows(queries[chunk], normalize, dtype)
-        rows = unit_queries.shape[0]
-        logits = logits_buffer[:rows]
-        gradient = None if gradient_buffer is None else gradient_buffer[:rows]
-        multiply(unit_queries, unit_keys.T, logits)
-        differentiate_rows(
-            logits, gradient, targets[chunk], groups, column_lse, temperature, losses[chunk], dots[chunk], scale
-        )
-        if gradient is not None and rows_buffer is not None:
-            multiply(gradient, unit_keys, rows_buffer[:rows])
-            grad_queries[chunk] = _before_normalization(rows_buffer[:rows].mul_(factor), unit_queries, query_scales)
-            accumulate(grad_keys, gradient.T, unit_queries)
-
-    grad_temperature = dots.sum() * (-weight / temperature)
+    one_pass = column_lse is None and queries.dtype != torch.float16
+    units = unit_rows(queries, keys, targets, normalize)
+    chunks = Chunks(units, targets, groups, temperature, wide=one_pass)
+    weight = (1.0 if column_lse is None else 0.5) / chunks.num_queries
+    scale = FLOAT16_GRADIENT_SCALE if queries.dtype == torch.float16 else 1.0
+    gradients = Gradients(chunks, queries.shape[1], normalize, weight / scale) if needs_gradient else None
+    if one_pass:
+        losses, dots = _one_pass(chunks, gradients)
+    else:
+        if row_lse is None:
+            _, row_lse = _statistics(chunks, has_columns=False)
+        positives = chunks.units.positives / temperature
+        losses = torch.nn.functional.softplus(row_lse - positives)
+        if column_lse is not None:
+            losses += column_lse[targets] - positives
+        dots = losses
+        if gradients is not None:
+            dots = _second_pass(chunks, gradients, row_lse, column_lse, scale)
     loss = losses.sum() * weight
-    if not needs_gradient:
-        return loss, grad_queries, grad_keys, grad_temperature
-    for start in range(0, keys.shape[0], 4096):  # so that temporaries stay small
-        chunk = slice(start, start + 4096)
-        scales = None if key_scales is None else key_scales[chunk]
-        _before_normalization(grad_keys[chunk].mul_(factor), unit_keys[chunk], scales)
-    return loss, grad_queries, grad_keys.to(gradient_dtype(keys.dtype)), grad_temperature
+    if gradients is None:
+        return loss, queries.new_empty(0), keys.new_empty(0), dots
+    gradients.finish_keys()
+    return loss, gradients.queries, gradients.keys, dots.mul_(-weight / temperature)
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which gradients wait for the backward: an upstream loss scale must find float16's small ones unrounded."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def _one_pass(chunks: Chunks, gradients: Gradients | None) -> tuple[Tensor, Tensor]:
+    """Each query's loss, and its gradient's dot product with the scores, both (N,)."""
+    losses, dots = chunks.numbers(chunks.num_queries), chunks.numbers(chunks.num_queries)
+    inverse_sums, shifts = chunks.numbers(chunks.step), chunks.numbers(chunks.step)
+    partials = chunks.numbers(2, chunks.step, chunks.num_tiles)
+    tiles_of_all = triton.cdiv(chunks.num_queries, chunks.tiles.block_m)
+    all_flags = torch.zeros(tiles_of_all, dtype=torch.int32, device=chunks.device)
+    matrix = scaled = None
+    if gradients is not None:
+        matrix = chunks.matrix()
+        scaled = torch.empty_like(chunks.units.queries[: chunks.step])
+    for chunk in chunks:
+        flags = all_flags[chunk.start // chunks.tiles.block_m :]
+        chunks.launch_probabilities(chunk, partials, flags, shifts, matrix)
+        chunks.launch_finish_rows(chunk, partials, flags, shifts, matrix, scaled, losses, dots, inverse_sums)
+        if gradients is not None and matrix is not None and scaled is not None:
+            rows = chunk.stop - chunk.start
+            gradients.add(chunk, matrix, scaled[:rows], inverse_sums[:rows])
+    return losses, dots
 
 
-def _rows_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns) with rows aligned for vector loads."""
-    return torch.empty((rows, (columns + 15) // 16 * 16), dtype=dtype, device=device)[:, :columns]
+def _second_pass(
+    chunks: Chunks, gradients: Gradients, row_lse: Tensor, column_lse: Tensor | None, scale: float
+) -> Tensor:
+    """The gradient's dot products with the scores, (N,)."""
+    matrix, dots = chunks.matrix(), chunks.numbers(chunks.num_queries)
+    parts = chunks.numbers(chunks.step, chunks.num_tiles)
+    for chunk in chunks:
+        rows = parts[: chunk.stop - chunk.start]
+        chunks.launch_gradient(chunk, row_lse, column_lse, matrix, rows, scale)
+        torch.sum(rows, 1, out=dots[chunk])
+        gradients.add(chunk, matrix, chunks.units.queries[chunk], None)
+    return dots
 
 
-def _unit_rows(rows: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows of length one in `dtype`, and what they were multiplied by, (rows, 1) float32."""
-    if not normalize:
-        return rows.to(dtype), None
-    scales = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(NORM_EPS).reciprocal_()
-    return torch.mul(rows, scales, out=torch.empty(rows.shape, dtype=dtype, device=rows.device)), scales
+def _row_launch(dtype: torch.dtype, padded_size: int) -> dict:
+    """What the kernels of one program a row take."""
+    block_e = min(triton.next_power_of_2(padded_size), 2048)
+    return {
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "BLOCK_E": block_e,
+        "num_warps": 4 if block_e > 512 else 2,
+    }
 
 
-def _before_normalization(gradient: Tensor, unit_rows: Tensor, scales: Tensor | None) -> Tensor:
-    """(g - u (u . g)) * scale, in place: the gradient of the rows that `unit_rows` u were made from."""
-    if scales is None:
-        return gradient
-    along = (gradient * unit_rows).sum(1, keepdim=True)
-    return gradient.sub_(unit_rows * along).mul_(scales)
+def _dense(groups: Tensor) -> Tensor:
+    """int32 numbers that are equal where those of `groups` (M,) are, and -1 where they are: half the registers."""
+    ordered, places = groups.sort()
+    numbers = torch.zeros_like(ordered, dtype=torch.int32)
+    torch.cumsum(ordered[1:] != ordered[:-1], 0, dtype=torch.int32, out=numbers[1:])
+    return torch.empty_like(numbers).scatter_(0, places, numbers).masked_fill_(groups < 0, -1)

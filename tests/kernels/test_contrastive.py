@@ -12,17 +12,25 @@ import torch
 from bivec.kernels import contrastive, reference
 from bivec.kernels.contrastive import chunks as contrastive_chunks
 from bivec.kernels.contrastive import contrastive_loss, pooled_contrastive_loss
+from bivec.kernels.contrastive import eager as contrastive_eager
+from bivec.kernels.contrastive import small as contrastive_small
 from bivec.kernels.pooling import pool
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_QUERIES, NUM_KEYS, WIDTH = 37, 101, 24  # multiples of no block, even after the hard negatives
 
 
-@pytest.fixture(params=["kernel", "eager"])
+@pytest.fixture(params=["small", "chunks", "eager"])
 def place(request, device):
-    """The device, once with the kernel and once without; the latter is what a CPU without the interpreter runs."""
-    runs_kernel = request.param == "kernel"
-    with mock.patch.object(contrastive_chunks, "runs_kernel", return_value=runs_kernel):
+    """The device, with the two launches of a small batch, the chunks of a large one, and what runs without Triton."""
+
+    def runs_kernel(_):  # which torch.compile looks into
+        return request.param != "eager"
+
+    with (
+        mock.patch.object(contrastive, "runs_kernel", runs_kernel),
+        mock.patch.object(contrastive_small, "SMALL_SCORES", 2**20 if request.param == "small" else 0),
+    ):
         yield device
 
 
@@ -136,8 +144,12 @@ def test_chunks_change_rounding_alone_and_a_second_run_nothing(place):
     settings = {"targets": targets, "groups": groups, "symmetric": True}
     inputs, upstream = (queries, keys, torch.tensor(0.07, device=place)), torch.tensor(0.6, device=place)
     whole = loss_and_gradients(contrastive_loss, inputs, upstream, **settings)
-    with mock.patch.object(contrastive_chunks, "LOGITS_BYTES", {"cuda": 1, "cpu": 1}):
-        assert contrastive_chunks.chunk_rows(150, 160, queries.device) == 64
+    with (
+        mock.patch.object(contrastive_eager, "LOGITS_BYTES", 1),
+        mock.patch.object(contrastive_chunks, "MATRIX_BYTES", 1),
+    ):
+        assert contrastive_eager.chunk_rows(150, 160) == 64
+        assert contrastive_chunks.chunk_rows(150, 160, torch.float32, 32) == 32
         chunks = loss_and_gradients(contrastive_loss, inputs, upstream, **settings)
     again = loss_and_gradients(contrastive_loss, inputs, upstream, **settings)
     for one, many, second in zip(whole, chunks, again, strict=True):
@@ -146,12 +158,16 @@ def test_chunks_change_rounding_alone_and_a_second_run_nothing(place):
 
 
 def test_chunks_hold_a_few_thousand_rows_at_most_in_memory():
-    for device in (torch.device("cpu"), torch.device("cuda")):
-        for num_keys in (1, 1000, 65536, 2**22):
-            rows = contrastive_chunks.chunk_rows(10**6, num_keys, device)
-            limit = max(contrastive_chunks.LOGITS_BYTES[device.type], 64 * 4 * num_keys)
-            assert rows >= 64
-            assert rows * num_keys * 4 <= limit
+    for num_keys in (1, 1000, 65536, 2**22):
+        rows = contrastive_eager.chunk_rows(10**6, num_keys)
+        assert rows >= 64
+        assert rows * num_keys * 4 <= max(contrastive_eager.LOGITS_BYTES, 64 * 4 * num_keys)
+        for dtype in DTYPES.values():
+            rows = contrastive_chunks.chunk_rows(10**6, num_keys, dtype, 128)
+            assert 128 <= rows <= contrastive_chunks.LARGEST_CHUNK
+            assert rows % 128 == 0
+            size = rows * num_keys * dtype.itemsize
+            assert size <= max(contrastive_chunks.MATRIX_BYTES, 128 * dtype.itemsize * num_keys)
 
 
 def test_one_group_masks_every_negative(place):
@@ -246,14 +262,17 @@ def test_opcheck(place, dtype):
     temperature = torch.tensor(0.07, device=place, requires_grad=True)
     queries.requires_grad_()
     keys.requires_grad_()
-    columns = contrastive._column_lse(queries.detach(), keys.detach(), targets, groups, temperature.detach(), True)
+    arguments = (queries.detach(), keys.detach(), targets, groups, temperature.detach(), True)
+    torch.library.opcheck(contrastive._log_sum_exps, arguments)
+    column_lse, row_lse = contrastive._log_sum_exps(*arguments)
+    for last in (
+        (None, None, temperature, 0.0, True, False, True),
+        (column_lse, row_lse, None, 0.07, True, True, True),
+    ):
+        torch.library.opcheck(contrastive._contrastive_forward, (queries, keys, targets, groups, *last))
     torch.library.opcheck(
-        contrastive._column_lse, (queries.detach(), keys.detach(), targets, groups, temperature.detach(), True)
+        contrastive.scale_gradients, ([queries.detach(), keys.detach()], temperature.detach(), DTYPES[dtype])
     )
-    for column_lse in (None, columns):
-        torch.library.opcheck(
-            contrastive._contrastive_forward, (queries, keys, targets, groups, column_lse, temperature, True, True)
-        )
 
 
 def test_no_graph_break_when_compiled(place):
