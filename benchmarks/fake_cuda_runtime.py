@@ -110,6 +110,13 @@ def _capture(graph: Graph, *_, **__) -> Iterator[None]:
         graph.capture_end()
 
 
+class Generator(torch.Generator):
+    """On the host, wherever its numbers are for: on the device they have no values."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
 class _Block:
     """`torch.cuda.device`, `device_of` and `stream`: there is one of each."""
 
@@ -209,6 +216,7 @@ def patches(fake: FakeCuda) -> Iterator[AbstractContextManager]:
     autocast = _Autocast()
     yield autocast
     yield mock.patch.object(torch, "clear_autocast_cache", _clearing(autocast))
+    yield mock.patch.object(torch, "Generator", Generator)
 
 
 def _launch(kernel: Any, *args, grid: Any, warmup: bool, **options) -> None:

@@ -255,23 +255,28 @@ def resources(cubin: bytes, shared_bytes: int) -> dict:
 
 
 def worse(row: dict, accepted: dict) -> list[str]:
-    """In what a kernel's resources are worse than the accepted ones.
+    """In what a kernel's resources are worse than the accepted ones; what a row lacks is zero.
 
     Registers, spills and shared memory may not grow, nor the instructions of the main loop to a unit of its work: to a
     product's arithmetic or, where there is none, to a byte moved. Its loads may not become narrower, nor the N of its
     products, nor may these leave the tensor cores of the architecture.
     """
-    keys = ("registers", "spilled_bytes", "shared_bytes", "loop_spilled_bytes")
-    found = [f"{key}: {row[key]}, was {accepted[key]}" for key in keys if row[key] > accepted[key]]
-    work = next((key for key in ("loop_flops", "loop_bytes") if accepted[key]), "")
-    if row["loop_instructions"] * accepted.get(work, 1) > accepted["loop_instructions"] * row.get(work, 1):
-        was = f"{accepted['loop_instructions']} to {accepted.get(work, 1)}"
-        found.append(f"loop_instructions to {work}: {row['loop_instructions']} to {row.get(work, 1)}, was {was}")
+    found = []
+    for key in ("registers", "spilled_bytes", "shared_bytes", "loop_spilled_bytes"):
+        if row.get(key, 0) > accepted.get(key, 0):
+            found.append(f"{key}: {row[key]}, was {accepted.get(key, 0)}")
+    unit = next((key for key in ("loop_flops", "loop_bytes") if accepted.get(key)), "")
+    work, accepted_work = (figures.get(unit, 0) if unit else 1 for figures in (row, accepted))
+    if row["loop_instructions"] * accepted_work > accepted["loop_instructions"] * work:
+        was = f"{accepted['loop_instructions']} to {accepted_work}"
+        found.append(f"loop_instructions to {unit or 'one pass'}: {row['loop_instructions']} to {work}, was {was}")
+    loads, accepted_loads = (figures.get("loop_loads", {}) for figures in (row, accepted))
     # a loop that no longer loads has nothing narrow
-    if row["loop_loads"] and _load_bits(row["loop_loads"]) < _load_bits(accepted["loop_loads"]):
-        found.append(f"loop_loads: {row['loop_loads']}, was {accepted['loop_loads']}")
-    if _product_columns(row["loop_products"]) < _product_columns(accepted["loop_products"]):
-        found.append(f"loop_products: {row['loop_products']}, was {accepted['loop_products']}")
+    if loads and _load_bits(loads) < _load_bits(accepted_loads):
+        found.append(f"loop_loads: {loads}, was {accepted_loads}")
+    products, accepted_products = (figures.get("loop_products", {}) for figures in (row, accepted))
+    if _product_columns(products) < _product_columns(accepted_products):
+        found.append(f"loop_products: {products}, was {accepted_products}")
     return found
 
 
