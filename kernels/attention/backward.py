@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import load_rows, matmul, narrow, store_rows
-from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_range, visible_tile
 from .tile_list import load_tile, over_tiles, zero_rows
 from .tiles import AttentionTiles
 
@@ -95,24 +95,30 @@ def _attention_bwd_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)  # [BLOCK_M]
     tl.store(delta_ptr + row_stats + offs_m, delta, mask=offs_m < length)
 
-    begin_n = 0
-    end_n = length
-    if HAS_WINDOW:
-        begin_n = tl.maximum(start_m - window_left, 0) // BLOCK_N * BLOCK_N
-        end_n = tl.minimum(length, start_m + BLOCK_M + window_right)
-    full_n = begin_n if HAS_WINDOW or HAS_FUTURE else length // BLOCK_N * BLOCK_N
+    begin_n, end_n, full_begin, full_end = visible_range(
+        start_m, length, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_FUTURE, False
+    )
+    num_full = full_end - full_begin
     k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_kt + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
     v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_vt + offs_d[None, :]
     heads = tl.zeros([BLOCK_M], tl.int32) + head
+    keep_scale = 1.0 / (1.0 - dropout_p)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for masked in tl.static_range(2):
-        for start_n in tl.range(full_n if masked else begin_n, end_n if masked else full_n, BLOCK_N):
-            num_keys = length - start_n if masked else BLOCK_N
-            k_ptrs = k_ptr + (first_row + start_n) * stride_kt + k_offsets
-            v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
+        k_ptrs = k_ptr + (first_row + full_begin) * stride_kt + k_offsets
+        v_ptrs = v_ptr + (first_row + full_begin) * stride_vt + v_offsets
+        for block_n in tl.range(begin_n if masked else full_begin, end_n - num_full if masked else full_end, BLOCK_N):
+            start_n = block_n
+            num_keys = BLOCK_N
+            if masked:
+                start_n += tl.where(block_n >= full_begin, num_full, 0)
+                num_keys = length - start_n
+                k_ptrs = k_ptr + (first_row + start_n) * stride_kt + k_offsets
+                v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
             k = load_rows(k_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             v = load_rows(v_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST) * softmax_scale_log2
+            scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+            probabilities = tl.exp2(tl.fma(scores, softmax_scale_log2, -lse[:, None]))  # [BLOCK_M, BLOCK_N]
             if masked:
                 visible = visible_tile(
                     offs_m,
@@ -127,13 +133,14 @@ def _attention_bwd_dq_kernel(
                     HAS_WINDOW,
                     HAS_FUTURE,
                 )
-                scores = tl.where(visible, scores, float("-inf"))
-            probabilities = tl.exp2(scores - lse[:, None])  # [BLOCK_M, BLOCK_N]
+                probabilities = tl.where(visible, probabilities, 0.0)
             grad_p = matmul(grad_out, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
             if HAS_DROPOUT:
-                grad_p = drop_tile(grad_p, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False) / (1.0 - dropout_p)
+                grad_p = drop_tile(grad_p * keep_scale, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False)
             grad_s = probabilities * (grad_p - delta[:, None])
             grad_q = matmul(narrow(grad_s, k.dtype, UPCAST), k, grad_q, UPCAST)
+            k_ptrs += BLOCK_N * stride_kt
+            v_ptrs += BLOCK_N * stride_vt
 
     grad_q_ptr += (first_row + start_m) * stride_dqt
     grad_q_ptrs = grad_q_ptr + rows * stride_dqt + offs_d[None, :]
@@ -184,11 +191,10 @@ def _attention_bwd_dkv_kernel(
     UPCAST: tl.constexpr,
 ):
     kv_head, sequence, start, length, start_n = load_tile(tile_list_ptr, num_heads, BLOCK_N, TILE_ROWS)
-    grad_k_ptr += kv_head.to(tl.int64) * stride_dkh
-    grad_v_ptr += kv_head.to(tl.int64) * stride_dkh
+    grad_head = kv_head.to(tl.int64) * stride_dkh
     if sequence < 0:
-        zero_rows(grad_k_ptr, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
-        zero_rows(grad_v_ptr, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
+        zero_rows(grad_k_ptr + grad_head, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
+        zero_rows(grad_v_ptr + grad_head, stride_dkt, start, length, start_n, BLOCK_N, HEAD_DIM, BLOCK_D)
         return
     if length <= SHORT or start_n >= length:
         return
@@ -204,32 +210,47 @@ def _attention_bwd_dkv_kernel(
     k = load_rows(k_ptr + keys * stride_kt + offs_d[None, :], num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + keys * stride_vt + offs_d[None, :], num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)
 
-    # queries that may see any key of this tile; beyond the sequence they are zero and add nothing
-    begin_m = 0
-    end_m = length
-    if HAS_WINDOW:
-        begin_m = tl.maximum(start_n - window_right, 0) // BLOCK_M * BLOCK_M
-        end_m = tl.minimum(length, start_n + BLOCK_N + window_left)
+    begin_m, end_m, full_begin, full_end = visible_range(
+        start_n, length, window_right, window_left, BLOCK_N, BLOCK_M, HAS_WINDOW, HAS_FUTURE, True
+    )
+    num_full = (full_end - full_begin) // BLOCK_M
+    num_masked = tl.cdiv(end_m - begin_m, BLOCK_M) - num_full
     q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_qt + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
     do_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_dot + offs_d[None, :]
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for head_in_group in range(GROUP_SIZE):
-        head = kv_head * GROUP_SIZE + head_in_group
-        head_offset = head.to(tl.int64)
-        heads = tl.zeros([BLOCK_M], tl.int32) + head
-        for start_m in tl.range(begin_m, end_m, BLOCK_M):
+    keep_scale = 1.0 / (1.0 - dropout_p)
+    q_ptr += (kv_head * GROUP_SIZE).to(tl.int64) * stride_qh
+    grad_out_ptr += (kv_head * GROUP_SIZE).to(tl.int64) * stride_doh
+    first_stats = (kv_head * GROUP_SIZE).to(tl.int64) * num_tokens + first_row
+    # queries that see every key here, then the others, with a mask; beyond the sequence they are zero and add nothing
+    for masked in tl.static_range(2):
+        q_tile_ptr = q_ptr + (first_row + full_begin) * stride_qt
+        do_tile_ptr = grad_out_ptr + (first_row + full_begin) * stride_dot
+        stats = first_stats + full_begin
+        # the heads of a group follow each other on the same queries, so that one loop runs without a break
+        for step in tl.range(0, GROUP_SIZE * (num_masked if masked else num_full)):
+            head_in_group = step % GROUP_SIZE
+            start_m = step // GROUP_SIZE * BLOCK_M
+            if masked:
+                start_m += begin_m
+                start_m += tl.where(start_m >= full_begin, num_full * BLOCK_M, 0)
+                head_offset = head_in_group.to(tl.int64)
+                q_tile_ptr = q_ptr + head_offset * stride_qh + (first_row + start_m) * stride_qt
+                do_tile_ptr = grad_out_ptr + head_offset * stride_doh + (first_row + start_m) * stride_dot
+                stats = first_stats + head_offset * num_tokens + start_m
+            else:
+                start_m += full_begin
+            num_rows = length - start_m if masked else BLOCK_M
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            num_rows = length - start_m
-            q_ptrs = q_ptr + head_offset * stride_qh + (first_row + start_m) * stride_qt + q_offsets
-            do_ptrs = grad_out_ptr + head_offset * stride_doh + (first_row + start_m) * stride_dot + do_offsets
-            q = load_rows(q_ptrs, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            grad_out = load_rows(do_ptrs, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
-            row_stats = head_offset * num_tokens + first_row + offs_m
-            lse = tl.load(lse_ptr + row_stats, mask=offs_m < length, other=0.0)  # [BLOCK_M]
-            delta = tl.load(delta_ptr + row_stats, mask=offs_m < length, other=0.0)
-            scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST) * softmax_scale_log2
-            if HAS_WINDOW or HAS_FUTURE:
+            q = load_rows(q_tile_ptr + q_offsets, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            grad_out = load_rows(do_tile_ptr + do_offsets, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+            scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
+            lse = tl.load(
+                lse_ptr + stats + tl.arange(0, BLOCK_M), mask=offs_m < length if masked else None
+            )  # [BLOCK_M]
+            probabilities_t = tl.exp2(tl.fma(scores_t, softmax_scale_log2, (lse * -1.0)[None, :]))  # [BLOCK_N, BLOCK_M]
+            if masked and (HAS_WINDOW or HAS_FUTURE):
                 visible = visible_tile(
                     offs_m,
                     start_n,
@@ -243,21 +264,29 @@ def _attention_bwd_dkv_kernel(
                     HAS_WINDOW,
                     HAS_FUTURE,
                 )
-                scores_t = tl.where(visible, scores_t, float("-inf"))
-            probabilities_t = tl.exp2(scores_t - lse[None, :])  # [BLOCK_N, BLOCK_M]
+                probabilities_t = tl.where(visible, probabilities_t, 0.0)
             kept_t = probabilities_t
+            if HAS_DROPOUT:
+                heads = tl.zeros([BLOCK_M], tl.int32) + kv_head * GROUP_SIZE + head_in_group
+                kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
+            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
             grad_p_t = matmul(v, tl.trans(grad_out), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
             if HAS_DROPOUT:
-                kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
                 # one draw serves both: a probability is zero only where it was dropped or invisible
-                grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t / (1.0 - dropout_p))
-            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
+                grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t * keep_scale)
+            delta = tl.load(delta_ptr + stats + tl.arange(0, BLOCK_M), mask=offs_m < length if masked else None)
             grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
             grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
+            is_last = head_in_group == GROUP_SIZE - 1
+            q_tile_ptr += tl.where(is_last, BLOCK_M * stride_qt - (GROUP_SIZE - 1) * stride_qh, stride_qh)
+            do_tile_ptr += tl.where(is_last, BLOCK_M * stride_dot - (GROUP_SIZE - 1) * stride_doh, stride_doh)
+            stats += tl.where(is_last, BLOCK_M - (GROUP_SIZE - 1) * num_tokens, num_tokens)
 
     if HAS_DROPOUT:
-        grad_v = grad_v / (1.0 - dropout_p)
-    offsets = (first_row + start_n) * stride_dkt + keys * stride_dkt + offs_d[None, :]
+        grad_v = grad_v * keep_scale
+    offsets = (
+        kv_head.to(tl.int64) * stride_dkh + (first_row + start_n) * stride_dkt + keys * stride_dkt + offs_d[None, :]
+    )
     store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
     store_rows(grad_v_ptr + offsets, grad_v, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import load_rows, matmul, narrow, store_rows
-from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
+from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_range, visible_tile
 from .tile_list import load_tile, over_tiles, zero_rows
 from .tiles import AttentionTiles
 
@@ -53,6 +53,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     head, sequence, start, length, start_m = load_tile(tile_list_ptr, num_heads, BLOCK_M, TILE_ROWS)
@@ -77,26 +78,31 @@ def _attention_fwd_kernel(
     k_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_kt + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
     v_offsets = tl.arange(0, BLOCK_N)[:, None] * stride_vt + offs_d[None, :]
 
-    # keys that any query of this tile may see
-    begin_n = 0
-    end_n = length
-    if HAS_WINDOW:
-        begin_n = tl.maximum(start_m - window_left, 0) // BLOCK_N * BLOCK_N
-        end_n = tl.minimum(length, start_m + BLOCK_M + window_right)
-    # without a mask only the last, ragged tile looks at its key numbers
-    full_n = begin_n if HAS_WINDOW or HAS_FUTURE else length // BLOCK_N * BLOCK_N
-
+    begin_n, end_n, full_begin, full_end = visible_range(
+        start_m, length, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_FUTURE, False
+    )
+    num_full = full_end - full_begin
     q_ptrs = q_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_qt + offs_d[None, :]
     q = load_rows(q_ptrs, length - start_m, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # first the keys that every query sees, then those on both sides of them, with a mask
     for masked in tl.static_range(2):
-        for start_n in tl.range(full_n if masked else begin_n, end_n if masked else full_n, BLOCK_N):
-            num_keys = length - start_n if masked else BLOCK_N
-            k_ptrs = k_ptr + (first_row + start_n) * stride_kt + k_offsets
+        k_ptrs = k_ptr + (first_row + full_begin) * stride_kt + k_offsets
+        v_ptrs = v_ptr + (first_row + full_begin) * stride_vt + v_offsets
+        for block_n in tl.range(begin_n if masked else full_begin, end_n - num_full if masked else full_end, BLOCK_N):
+            start_n = block_n
+            num_keys = BLOCK_N
+            if masked:
+                start_n += tl.where(block_n >= full_begin, num_full, 0)
+                num_keys = length - start_n
+                k_ptrs = k_ptr + (first_row + start_n) * stride_kt + k_offsets
+                v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
             k = load_rows(k_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST) * softmax_scale_log2
+            scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+            if NEGATIVE_SCALE:
+                scores = -scores
             if masked:
                 visible = visible_tile(
                     offs_m,
@@ -112,25 +118,36 @@ def _attention_fwd_kernel(
                     HAS_FUTURE,
                 )
                 scores = tl.where(visible, scores, float("-inf"))
+            # the maximum is of the plain products; the scale is multiplied in under the exponential
             tile_max = tl.maximum(row_max, tl.max(scores, axis=1))
-            # a row that has not seen a key yet must not compute -inf - -inf
-            offset = tl.where(tile_max == float("-inf"), 0.0, tile_max) if HAS_WINDOW or HAS_FUTURE else tile_max
-            probabilities = tl.exp2(scores - offset[:, None])  # [BLOCK_M, BLOCK_N]
-            correction = tl.exp2(row_max - offset)
+            offset = tile_max * softmax_scale_log2
+            if masked and (HAS_WINDOW or HAS_FUTURE):  # a row that has not seen a key yet must not compute -inf - -inf
+                offset = tl.where(tile_max == float("-inf"), 0.0, offset)
+            probabilities = tl.exp2(tl.fma(scores, softmax_scale_log2, -offset[:, None]))  # [BLOCK_M, BLOCK_N]
+            correction = tl.exp2(tl.fma(row_max, softmax_scale_log2, -offset))
             row_sum = row_sum * correction + tl.sum(probabilities, axis=1)
             if HAS_DROPOUT:
                 heads = tl.zeros([BLOCK_M], tl.int32) + head
                 probabilities = drop_tile(probabilities, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, False)
-            v_ptrs = v_ptr + (first_row + start_n) * stride_vt + v_offsets
             v = load_rows(v_ptrs, num_keys, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             accumulator = matmul(narrow(probabilities, v.dtype, UPCAST), v, accumulator * correction[:, None], UPCAST)
             row_max = tile_max
+            k_ptrs += BLOCK_N * stride_kt
+            v_ptrs += BLOCK_N * stride_vt
 
-    kept = row_sum * (1.0 - dropout_p) if HAS_DROPOUT else row_sum
+    normalizer = 1.0 / (row_sum * (1.0 - dropout_p) if HAS_DROPOUT else row_sum)
     out_ptr += (first_row + start_m) * stride_ot
     out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_ot + offs_d[None, :]
-    store_rows(out_ptrs, accumulator / kept[:, None], length - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
-    tl.store(lse_ptr + first_row + offs_m, row_max + tl.log2(row_sum), mask=offs_m < length)
+    store_rows(out_ptrs, accumulator * normalizer[:, None], length - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, UPCAST)
+    tl.store(lse_ptr + first_row + offs_m, row_max * softmax_scale_log2 + tl.log2(row_sum), mask=offs_m < length)
+
+
+def scale_arguments(softmax_scale: float) -> dict:
+    """The scale, base 2, of kernels that take a maximum before it: its sign apart, and not zero times -inf."""
+    return {
+        "softmax_scale_log2": max(abs(softmax_scale) * LOG2_E, 2.0**-126),  # the smallest normal float32
+        "NEGATIVE_SCALE": softmax_scale < 0,
+    }
 
 
 def attention_forward_long(
@@ -157,7 +174,7 @@ def attention_forward_long(
         out_ptr=out,
         lse_ptr=lse,
         num_tokens=num_tokens,
-        softmax_scale_log2=softmax_scale * LOG2_E,
+        **scale_arguments(softmax_scale),
         stride_qt=q.stride(0),
         stride_qh=q.stride(1),
         stride_kt=k.stride(0),

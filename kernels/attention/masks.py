@@ -67,6 +67,41 @@ def load_probability(probability, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
+def visible_range(
+    start,
+    length,
+    before,
+    after,
+    BLOCK: tl.constexpr,
+    OTHER_BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_FUTURE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Blocks of OTHER_BLOCK keys for the BLOCK queries from `start`, which see `before` and `after` them: (begin, end,
+    full_begin, full_end). Some query sees some of [begin, end); every query sees all of [full_begin, full_end).
+
+    TRANSPOSED: of queries for the BLOCK keys from `start`, with the window's sides exchanged.
+    """
+    begin = 0
+    end = length
+    full_begin = 0
+    full_end = length // OTHER_BLOCK * OTHER_BLOCK
+    if HAS_WINDOW or HAS_FUTURE:
+        last = tl.minimum(start + BLOCK, length) - 1
+        begin = tl.maximum(start - before, 0) // OTHER_BLOCK * OTHER_BLOCK
+        end = tl.minimum(length, last + after + 1)
+        if HAS_FUTURE:  # what an annealed mask may hide needs a draw; keys up to the query do not
+            if TRANSPOSED:
+                before = 0
+            else:
+                after = 0
+        full_begin = tl.cdiv(tl.maximum(last - before, 0), OTHER_BLOCK) * OTHER_BLOCK
+        full_end = tl.maximum(tl.minimum(length, start + after + 1) // OTHER_BLOCK * OTHER_BLOCK, full_begin)
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
 def visible_tile(
     offs_m,
     start_n,
@@ -80,7 +115,10 @@ def visible_tile(
     HAS_WINDOW: tl.constexpr,
     HAS_FUTURE: tl.constexpr,
 ):
-    """Visible keys of [start_n, start_n + BLOCK_N) for queries offs_m [M]: [M, BLOCK_N], or [BLOCK_N, M]."""
+    """Visible keys of [start_n, start_n + BLOCK_N) for queries offs_m [M]: [M, BLOCK_N], or [BLOCK_N, M].
+
+    TRANSPOSED tiles say nothing of keys and queries beyond the sequence. What depends on keys alone is [1, BLOCK_N].
+    """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     if TRANSPOSED:
         query = offs_m[None, :]
@@ -88,9 +126,15 @@ def visible_tile(
     else:
         query = offs_m[:, None]
         key = offs_n[None, :]
-    visible = (key < length) & (query >= 0)
+    visible = key < length
     if HAS_WINDOW:
-        visible = visible & (key >= query - window_left) & (key <= query + window_right)
+        # one comparison for both sides: what lies before the first one wraps to a large number
+        if TRANSPOSED:
+            visible = (query - (key - window_right)).to(tl.uint32) <= (window_left + window_right).to(tl.uint32)
+        else:
+            first = query - window_left
+            last = tl.minimum(query + window_right, length - 1)
+            visible = (key - first).to(tl.uint32) <= (last - first).to(tl.uint32)
     if HAS_FUTURE:
         if TRANSPOSED:
             uniform = uniform_columns(seed, offs_m, offs_m * 0, start_n, FUTURE_STREAM, BLOCK_N)

@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ragged import load_rows, matmul, narrow, store_rows
+from .forward import scale_arguments
 from .masks import AttentionMask, drop_tile, load_probability, load_seed, visible_tile
 from .tiles import AttentionTiles
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -77,6 +76,7 @@ def _attention_short_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     sequence = tl.program_id(0)
@@ -106,25 +106,25 @@ def _attention_short_fwd_kernel(
         offs_head = row // length
         offs_m = row - offs_head * length
         q = _load_pairs(q_ptr, offs_head, offs_m, in_group, stride_qt, stride_qh, HEAD_DIM, BLOCK_D)
-        scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST) * softmax_scale_log2
+        scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+        if NEGATIVE_SCALE:
+            scores = -scores
         visible = visible_tile(
             offs_m, 0, length, seed, window_left, window_right, shown, BLOCK_N, False, HAS_WINDOW, HAS_FUTURE
         )
         scores = tl.where(visible, scores, float("-inf"))
-        row_max = tl.max(scores, axis=1)  # finite: every query sees itself
-        probabilities = tl.exp2(scores - row_max[:, None])  # [BLOCK_M, BLOCK_N]
+        offset = tl.max(scores, axis=1) * softmax_scale_log2  # finite: every query sees itself
+        probabilities = tl.exp2(tl.fma(scores, softmax_scale_log2, -offset[:, None]))  # [BLOCK_M, BLOCK_N]
         row_sum = tl.sum(probabilities, axis=1)
-        kept = row_sum
+        normalizer = 1.0 / row_sum
         if HAS_DROPOUT:
             heads = (first_head + offs_head).to(tl.int32)
             probabilities = drop_tile(probabilities, offs_m, heads, 0, seed, dropout_p, BLOCK_N, False)
-            kept = row_sum * (1.0 - dropout_p)
-        out = (
-            matmul(narrow(probabilities, v.dtype, UPCAST), v, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
-            / kept[:, None]
-        )
+            normalizer = normalizer / (1.0 - dropout_p)
+        out = matmul(narrow(probabilities, v.dtype, UPCAST), v, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), UPCAST)
+        out = out * normalizer[:, None]
         _store_pairs(out_ptr, out, offs_head, offs_m, in_group, stride_ot, stride_oh, HEAD_DIM, BLOCK_D, UPCAST)
-        tl.store(lse_ptr + offs_head.to(tl.int64) * num_tokens + offs_m, row_max + tl.log2(row_sum), mask=in_group)
+        tl.store(lse_ptr + offs_head.to(tl.int64) * num_tokens + offs_m, offset + tl.log2(row_sum), mask=in_group)
 
 
 @triton.jit(do_not_specialize=["window_left", "window_right"])
@@ -166,6 +166,7 @@ def _attention_short_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     sequence = tl.program_id(0)
@@ -189,6 +190,7 @@ def _attention_short_bwd_kernel(
     k = load_rows(k_ptrs, length, BLOCK_N, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     v = load_rows(v_ptrs, length, BLOCK_N, HEAD_DIM, BLOCK_D)
 
+    keep_scale = 1.0 / (1.0 - dropout_p)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_row in tl.range(0, GROUP_SIZE * length, BLOCK_M):
@@ -201,19 +203,21 @@ def _attention_short_bwd_kernel(
         grad_out = _load_pairs(grad_out_ptr, offs_head, offs_m, in_group, stride_dot, stride_doh, HEAD_DIM, BLOCK_D)
 
         # by rows: the softmax, delta and dQ
-        scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST) * softmax_scale_log2
+        scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
+        if NEGATIVE_SCALE:
+            scores = -scores
         visible = visible_tile(
             offs_m, 0, length, seed, window_left, window_right, shown, BLOCK_N, False, HAS_WINDOW, HAS_FUTURE
         )
         scores = tl.where(visible, scores, float("-inf"))
-        row_max = tl.max(scores, axis=1)  # finite: every query sees itself
-        probabilities = tl.exp2(scores - row_max[:, None])  # [BLOCK_M, BLOCK_N]
+        offset = tl.max(scores, axis=1) * softmax_scale_log2  # finite: every query sees itself
+        probabilities = tl.exp2(tl.fma(scores, softmax_scale_log2, -offset[:, None]))  # [BLOCK_M, BLOCK_N]
         row_sum = tl.sum(probabilities, axis=1)
-        probabilities = probabilities / row_sum[:, None]
-        lse = row_max + tl.log2(row_sum)  # [BLOCK_M]
+        probabilities = probabilities * (1.0 / row_sum)[:, None]
+        lse = offset + tl.log2(row_sum)  # [BLOCK_M]
         grad_p = matmul(grad_out, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), UPCAST)
         if HAS_DROPOUT:
-            grad_p = drop_tile(grad_p, offs_m, heads, 0, seed, dropout_p, BLOCK_N, False) / (1.0 - dropout_p)
+            grad_p = drop_tile(grad_p * keep_scale, offs_m, heads, 0, seed, dropout_p, BLOCK_N, False)
         delta = tl.sum(probabilities * grad_p, axis=1)  # [BLOCK_M]
         grad_s = probabilities * (grad_p - delta[:, None])
         grad_q = (
@@ -222,24 +226,26 @@ def _attention_short_bwd_kernel(
         _store_pairs(grad_q_ptr, grad_q, offs_head, offs_m, in_group, stride_dqt, stride_dqh, HEAD_DIM, BLOCK_D, UPCAST)
 
         # by columns: the same again from operands in memory, because a product must not be transposed
-        scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST) * softmax_scale_log2
+        scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
+        if NEGATIVE_SCALE:
+            scores_t = -scores_t
+        probabilities_t = tl.exp2(tl.fma(scores_t, softmax_scale_log2, -lse[None, :]))  # [BLOCK_N, BLOCK_M]
         if HAS_WINDOW or HAS_FUTURE:
             visible = visible_tile(
                 offs_m, 0, length, seed, window_left, window_right, shown, BLOCK_N, True, HAS_WINDOW, HAS_FUTURE
             )
-            scores_t = tl.where(visible, scores_t, float("-inf"))
-        probabilities_t = tl.exp2(scores_t - lse[None, :])  # [BLOCK_N, BLOCK_M]
+            probabilities_t = tl.where(visible, probabilities_t, 0.0)
         kept_t = probabilities_t
         grad_p_t = matmul(v, tl.trans(grad_out), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
         if HAS_DROPOUT:
             kept_t = drop_tile(kept_t, offs_m, heads, 0, seed, dropout_p, BLOCK_N, True)
-            grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t / (1.0 - dropout_p))
+            grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t * keep_scale)
         grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
         grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
         grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
 
     if HAS_DROPOUT:
-        grad_v = grad_v / (1.0 - dropout_p)
+        grad_v = grad_v * keep_scale
     offsets = first_row * stride_dkt + kv_head * stride_dkh + offs_n[:, None] * stride_dkt + offs_d[None, :]
     store_rows(grad_k_ptr + offsets, grad_k * softmax_scale, length, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
     store_rows(grad_v_ptr + offsets, grad_v, length, BLOCK_N, HEAD_DIM, BLOCK_D, UPCAST)
@@ -266,7 +272,7 @@ def attention_forward_short(
         lse_ptr=lse,
         cu_seqlens_ptr=cu_seqlens,
         num_tokens=q.shape[0],
-        softmax_scale_log2=softmax_scale * LOG2_E,
+        **scale_arguments(softmax_scale),
         stride_qt=q.stride(0),
         stride_qh=q.stride(1),
         stride_kt=k.stride(0),
@@ -309,7 +315,7 @@ def attention_backward_short(
         grad_v_ptr=grad_v,
         cu_seqlens_ptr=cu_seqlens,
         softmax_scale=softmax_scale,
-        softmax_scale_log2=softmax_scale * LOG2_E,
+        **scale_arguments(softmax_scale),
         stride_qt=q.stride(0),
         stride_qh=q.stride(1),
         stride_kt=k.stride(0),

@@ -179,6 +179,15 @@ def test_large_scores_do_not_overflow(device, gradients):
     assert all(tensor.isfinite().all() for tensor in computed)
 
 
+@pytest.mark.parametrize("window_size", [(-1, -1), (9, 3)])
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, -0.0, 1e-45, 2.5])
+def test_any_finite_scale(device, softmax_scale, window_size, check_against_truth):
+    """The maximum is taken before the scale: a negative one turns it round, and zero must not meet -inf."""
+    inputs, upstream, cu_seqlens = packed(LENGTHS[device], 2, 1, 32, torch.float32, device)
+    settings = {"window_size": window_size, "softmax_scale": softmax_scale}
+    check_against_truth(varlen_attention, reference.varlen_attention, inputs, upstream, cu_seqlens, 1000, **settings)
+
+
 def test_reference_is_softmax_attention():
     """The specification itself, against torch's own attention."""
     inputs, _, cu_seqlens = packed([4, 9], 4, 2, 16, torch.float64, "cpu", tail=0)
