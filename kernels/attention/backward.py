@@ -223,8 +223,10 @@ def _attention_bwd_dkv_kernel(
     q_ptr += (kv_head * GROUP_SIZE).to(tl.int64) * stride_qh
     grad_out_ptr += (kv_head * GROUP_SIZE).to(tl.int64) * stride_doh
     first_stats = (kv_head * GROUP_SIZE).to(tl.int64) * num_tokens + first_row
-    # queries that see every key here, then the others, with a mask; beyond the sequence they are zero and add nothing
-    for masked in tl.static_range(2):
+    # queries that see every key here, and the others, with a mask; beyond the sequence they are zero and add nothing
+    # registers of what runs second are held through the first: without a window the ragged end goes first
+    first: tl.constexpr = 0 if HAS_WINDOW or HAS_FUTURE else 1
+    for masked in tl.static_range(first, 2 - 3 * first, 1 - 2 * first):
         q_tile_ptr = q_ptr + (first_row + full_begin) * stride_qt
         do_tile_ptr = grad_out_ptr + (first_row + full_begin) * stride_dot
         stats = first_stats + full_begin
@@ -245,6 +247,7 @@ def _attention_bwd_dkv_kernel(
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q = load_rows(q_tile_ptr + q_offsets, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             grad_out = load_rows(do_tile_ptr + do_offsets, num_rows, BLOCK_M, HEAD_DIM, BLOCK_D)
+            grad_p_t = matmul(v, tl.trans(grad_out), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
             scores_t = matmul(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
             lse = tl.load(
                 lse_ptr + stats + tl.arange(0, BLOCK_M), mask=offs_m < length if masked else None
@@ -269,13 +272,12 @@ def _attention_bwd_dkv_kernel(
             if HAS_DROPOUT:
                 heads = tl.zeros([BLOCK_M], tl.int32) + kv_head * GROUP_SIZE + head_in_group
                 kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
-            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
-            grad_p_t = matmul(v, tl.trans(grad_out), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), UPCAST)
             if HAS_DROPOUT:
                 # one draw serves both: a probability is zero only where it was dropped or invisible
                 grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t * keep_scale)
             delta = tl.load(delta_ptr + stats + tl.arange(0, BLOCK_M), mask=offs_m < length if masked else None)
             grad_s_t = probabilities_t * (grad_p_t - delta[None, :])
+            grad_v = matmul(narrow(kept_t, q.dtype, UPCAST), grad_out, grad_v, UPCAST)
             grad_k = matmul(narrow(grad_s_t, q.dtype, UPCAST), q, grad_k, UPCAST)
             is_last = head_in_group == GROUP_SIZE - 1
             q_tile_ptr += tl.where(is_last, BLOCK_M * stride_qt - (GROUP_SIZE - 1) * stride_qh, stride_qh)
