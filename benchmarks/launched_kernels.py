@@ -25,17 +25,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from . import launches, sass
+from .absent_device import absent_device
 from .device_counts import Launch
 
 
@@ -54,39 +51,6 @@ class Kernel(NamedTuple):
     capability: int
     signature: str
     launch: Launch
-
-
-class _AbsentDevice:
-    """The part of Triton's driver that compiling asks: which device is this?"""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
-
-
-@contextmanager
-def absent_device(capability: int) -> Iterator[None]:
-    """Triton believes in a device of this capability."""
-    before = driver._active
-    driver.set_active(_AbsentDevice(capability))
-    try:
-        yield
-    finally:
-        driver._active = before
 
 
 def _compile(launch: Launch) -> Any:

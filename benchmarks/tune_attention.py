@@ -29,6 +29,7 @@ from ..kernels.attention import operator, tiles
 from ..kernels.attention.tile_list import TILE_ROWS
 from ..kernels.attention.tiles import AttentionTiles, Tiles
 from ..kernels.ragged import INTERPRETED
+from . import sass
 from .attention import Truth, computed, directions, real_lengths
 from .attention_peers import Attention, Prepared, bivec
 from .cases import Case, Results
@@ -112,7 +113,7 @@ def used(given: AttentionTiles) -> Iterator[None]:
 
 def compile_variant(capability: int, head_dim: int, mask: str, kernel: str, given: AttentionTiles) -> dict | str:
     """The kernel's resources, or why it has none; for a process of its own. Launches find it in Triton's cache."""
-    from .compiled_kernels import collected_launches, resources  # it asks for Triton, compiling
+    from .absent_device import collected_launches  # it asks for Triton, compiling
 
     num_heads, num_kv_heads = HEADS[head_dim]
     q = torch.empty(256, num_heads, head_dim, dtype=torch.bfloat16)
@@ -127,7 +128,7 @@ def compile_variant(capability: int, head_dim: int, mask: str, kernel: str, give
             else:
                 operator.attention_backward(q, q, k, v, q, lse, *last)
         compiled = next(launch for launch in launches if launch.metadata.name == KERNELS[kernel])
-        return resources(compiled)
+        return sass.resources(compiled.asm["cubin"], compiled.metadata.shared)
     except Exception as error:  # a tile that cannot be compiled has no time
         return error_text(error)
 

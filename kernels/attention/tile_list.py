@@ -114,7 +114,7 @@ def make_tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
             num_tiles=num_tiles,
             ROWS=TILE_ROWS,
             BLOCK_S=block,
-            BLOCK_T=128,
+            BLOCK_T=32,  # a product of 64 and 128 would not fit into registers
             num_warps=4,
         )
     return tile_list

@@ -1,20 +1,7 @@
-"""Fixtures of the kernel tests: the device, the comparison of an operator with its float64 truth, and of what the
-kernels compile to with a table that may not get worse.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Fixtures of the kernel tests: the device, and the comparison of an operator with its float64 truth."""
 
 import pytest
 import torch
-import triton
-
-from bivec.benchmarks import sass
-
-SHARED_MEMORY_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may ask for
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -65,32 +52,3 @@ def check_against_truth():
         return computed
 
     return check
-
-
-@pytest.fixture
-def compiled():
-    """The rows of `benchmarks.compiled_kernels` by name, compared with a table beside the tests.
-
-    A table holds a row for each Triton version and configuration; after a deliberate change write it anew with
-    `python -m bivec.benchmarks.compiled_kernels --write tests/kernels/TABLE` and the operation. The rows come from a
-    process of its own: in this one triton may stand for its interpreter.
-    """
-
-    def compile_and_compare(table: str, *arguments: str) -> dict[str, dict]:
-        if missing := sass.missing_tools():
-            pytest.skip(f"this Triton's wheel has no {' and no '.join(missing)}")
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        command = [sys.executable, "-m", "bivec.benchmarks.compiled_kernels", *arguments]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        rows = json.loads(result.stdout.splitlines()[-1])["kernels"]
-        accepted = json.loads(Path(__file__).with_name(table).read_text()).get(triton.__version__, {})
-        for name, row in rows.items():
-            capability = int(name.split()[0].removeprefix("sm_"))
-            assert row["shared_bytes"] <= SHARED_MEMORY_LIMIT[capability], name
-            if name in accepted:
-                assert not sass.worse(row, accepted[name]), name
-        return rows
-
-    return compile_and_compare
