@@ -1,4 +1,4 @@
-"""Attention over packed sequences, backward, for sequences that span tiles; short ones are in attention_short.py.
+"""Attention over packed sequences, backward, for sequences that span tiles; short ones are in short.py.
 
 `T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. With P = softmax(S), `dV =
 Pᵀ dO`, `dS = P ∘ (dO Vᵀ - delta)` where `delta = rowsum(dO ∘ O)`, `dQ = dS K` and `dK = dSᵀ Q` (FlashAttention-2, Dao,

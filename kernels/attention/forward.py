@@ -3,7 +3,7 @@
 `T` packed tokens, `S` sequences, `H` query heads, `G` key/value heads, `D` head dimension. The softmax runs tile by
 tile with a running maximum (Milakov and Gimelshein, 2018; FlashAttention, Dao et al., 2022), in base 2 because the
 hardware's exponential is. A program takes BLOCK_M queries of one head of a long sequence; short sequences are in
-attention_short.py.
+short.py.
 """
 
 import triton

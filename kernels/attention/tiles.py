@@ -85,7 +85,7 @@ def write_table(table: dict[str, AttentionTiles], path: Path = TABLE) -> None:
 def attention_tiles(head_dim: int, dtype: torch.dtype, device: torch.device, mask: AttentionMask) -> AttentionTiles:
     if device.type != "cuda":
         return INTERPRETER
-    return tiles_for(padded_head_dim(head_dim), dtype, device_capability(device), mask)
+    return tiles_for(padded_head_dim(head_dim), dtype, torch.cuda.get_device_capability(device), mask)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -109,8 +109,3 @@ def _listed_architecture(capability: tuple[int, int]) -> int:
     listed = {int(name.split()[0].removeprefix("sm_")) for name in load_table()}
     number = capability[0] * 10 + capability[1]
     return max((known for known in listed if known <= number), default=min(listed))
-
-
-@functools.cache
-def device_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

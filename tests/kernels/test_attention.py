@@ -180,7 +180,7 @@ def test_large_scores_do_not_overflow(device, gradients):
 
 
 @pytest.mark.parametrize("window_size", [(-1, -1), (9, 3)])
-@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, -0.0, 1e-45, 2.5])
+@pytest.mark.parametrize("softmax_scale", [-0.3, 0.0, -0.0, 1e-45, 0.3])
 def test_any_finite_scale(device, softmax_scale, window_size, check_against_truth):
     """The maximum is taken before the scale: a negative one turns it round, and zero must not meet -inf."""
     inputs, upstream, cu_seqlens = packed(LENGTHS[device], 2, 1, 32, torch.float32, device)
