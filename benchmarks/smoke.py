@@ -244,9 +244,9 @@ def checks(device: torch.device, quick: bool) -> dict[str, Callable[[], Outcome]
         for mode in ("mean", "last") if quick else ("mean", "weighted_mean", "last", "first"):
             found[f"pool {mode}, {label}"] = functools.partial(pooling, mode, dtype, device)
         for count in (40,) if quick else (40, 1500):
-            found[f"contrastive {count}, {label}"] = functools.partial(contrastive, dtype, device, count)
-        symmetric = functools.partial(contrastive, dtype, device, 70, symmetric=True, dims=[96, 32])
-        found[f"contrastive symmetric, {label}"] = symmetric
+            plain = functools.partial(contrastive, dtype, device, count)
+            found[f"contrastive {count}, {label}"] = plain
+            found[f"contrastive {count}, symmetric, {label}"] = functools.partial(plain, symmetric=True, dims=[96, 32])
         found[f"pooled contrastive, {label}"] = functools.partial(pooled_contrastive, dtype, device)
         for name in fusions.OPERATIONS:
             found[f"{name}, {label}"] = functools.partial(fused, name, dtype, device)

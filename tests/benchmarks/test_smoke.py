@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def few_checks(monkeypatch):
     names = ("attention D16, full, float32", "attention D16, dropout, float32", "pool mean, float32", "LoRA, float32")
     every = smoke.checks(CPU, quick=True)
-    assert {"encoder", "training step", "contrastive symmetric, float32", "rotary, float32"} <= set(every)
+    assert {"encoder", "training step", "contrastive 40, symmetric, float32", "rotary, float32"} <= set(every)
     monkeypatch.setattr(smoke, "checks", lambda *_: {name: every[name] for name in names})
     monkeypatch.setattr(smoke, "describe_machine", lambda *_, **__: {})
 
