@@ -103,12 +103,14 @@ def test_embedding_and_training_are_launched_and_compiled_as_the_table_says(comp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_embedding_training_and_benchmarks_on_every_architecture(compiled, table, capability):
     assert faults(compiled("--of", "paths", "benchmarks", "--capability", capability), table) == []
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_what_the_gpu_tests_launch_compiles(compiled):
     document = compiled("--of", "tests", "--capability", "90")
     assert len(document["kernels"]) > 300
