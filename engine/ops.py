@@ -5,6 +5,8 @@ Shapes: T packed tokens, S sequences, H query heads, G key/value heads, D head d
 
 import importlib.util
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -118,40 +120,35 @@ def attention(
         ValueError: `varlen` or `flash` is asked for random masks, or there are no seeds for them.
     """
     random = dropout_p > 0.0 or future_p < 1.0
-    masks: dict[str, Any] = {"dropout_p": dropout_p, "future_p": future_p, "seeds": seeds}
+    packed_attention: Callable[..., torch.Tensor]
     if backend == "triton":
         from ..kernels.attention import varlen_attention  # triton is there on Linux only
 
-        output = varlen_attention(
-            query,
-            key,
-            value,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            window_size=window,
-            tile_list=tile_list,
-            **masks,
-        )
+        packed_attention = partial(varlen_attention, tile_list=tile_list)
     elif backend in ("varlen", "flash"):
         if random:
             wrong = (
                 f"dropout_p must be 0, got {dropout_p}" if dropout_p > 0.0 else f"future_p must be 1, got {future_p}"
             )
             raise ValueError(f"{wrong}: {backend} knows no seed of a sequence; attention must be triton or sdpa")
-        packed_attention = _torch_varlen_attention if backend == "varlen" else _flash_attention
-        output = packed_attention(query, key, value, batch, window)
+        without_seeds = _torch_varlen_attention if backend == "varlen" else _flash_attention
+        output = without_seeds(query, key, value, batch, window)
+        return output if out is None else out.copy_(output)
     elif random or (out is None and _trains_on_cpu(query, key, value)):
-        output = padded_attention(
-            query,
-            key,
-            value,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            window_size=window,
-            **masks,
-        )
+        packed_attention = padded_attention
     else:
         return _equal_lengths_attention(query, key, value, batch, window, out, together)
+    output = packed_attention(
+        query,
+        key,
+        value,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        window_size=window,
+        dropout_p=dropout_p,
+        future_p=future_p,
+        seeds=seeds,
+    )
     return output if out is None else out.copy_(output)
 
 

@@ -168,7 +168,8 @@ class Runner:
     def _try_cores(self, several: Sequence[int]) -> None:
         if self.backend == "sdpa":
             self.one_by_one, self.one_core = self._attention_differs(several)
-        self.one_core = self.one_core or self._pass_differs(several)
+        if several and not self.one_core:
+            self.one_core = self._pass_differs(several)
         self._tried.update(several)
 
     @torch.inference_mode()

@@ -272,7 +272,6 @@ def _attention_bwd_dkv_kernel(
             if HAS_DROPOUT:
                 heads = tl.zeros([BLOCK_M], tl.int32) + kv_head * GROUP_SIZE + head_in_group
                 kept_t = drop_tile(kept_t, offs_m, heads, start_n, seed, dropout_p, BLOCK_N, True)
-            if HAS_DROPOUT:
                 # one draw serves both: a probability is zero only where it was dropped or invisible
                 grad_p_t = tl.where(kept_t == 0.0, 0.0, grad_p_t * keep_scale)
             delta = tl.load(delta_ptr + stats + tl.arange(0, BLOCK_M), mask=offs_m < length if masked else None)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from bivec.engine.tokens import TextTokenizer, load_tokenizer
 from bivec.training import STAGES
 from bivec.training.mask_schedule import MaskSchedule
+from bivec.training.optimizer import Optimizer
 from bivec.training.passes import Passes
 from bivec.training.processes import Processes
 from bivec.training.stages import make_stage
@@ -125,3 +126,18 @@ class Step:
 @pytest.fixture
 def make_step():
     return Step
+
+
+@pytest.fixture
+def weights_lost(monkeypatch) -> None:
+    """The second update leaves a weight that is no number."""
+    original, calls = Optimizer.step, [0]
+
+    def spoiled(self):
+        norm = original(self)
+        calls[0] += 1
+        if calls[0] == 2:
+            next(iter(self.parameters.values())).data.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(Optimizer, "step", spoiled)
