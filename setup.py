@@ -51,6 +51,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.150",
             "sentence-transformers>=6",
             "scikit-learn>=1.5",

@@ -28,6 +28,7 @@ class Described(Protocol):
     slabs: Slabs
     windows: tuple[Window, ...]
     pooling: str
+    normalize: bool
     backend: str
     backend_reason: str
     prompts: dict[str, str]
@@ -47,6 +48,9 @@ class Described(Protocol):
 
     @property
     def max_length(self) -> int: ...
+
+    @property
+    def pooled(self) -> str: ...
 
 
 def describe(encoder: Described) -> dict[str, Any]:
@@ -74,6 +78,8 @@ def describe(encoder: Described) -> dict[str, Any]:
             "mask": ("causal" if all(right == 0 for _, right in windows) else "bidirectional")
             + f", window {', '.join(map(str, windows))}",
             "pooling": encoder.pooling,
+            "pooled tokens": encoder.pooled,
+            "normalized": "always" if encoder.normalize else "when asked for",
             "max length": f"{encoder.max_length} tokens (the model has {config.max_position_embeddings} positions)",
             "prompts": encoder.prompts,
             "default prompt": encoder.default_prompt_name or "none",
@@ -112,6 +118,8 @@ def identity(encoder: Described) -> dict[str, Any]:
         **fingerprint(encoder.checkpoint),
         "window": [list(window) for window in sorted(set(encoder.windows))],
         "pooling": encoder.pooling,
+        "pooled": encoder.pooled,
+        "normalize": encoder.normalize,
         "max_length": encoder.max_length,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "backend": encoder.backend,

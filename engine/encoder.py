@@ -52,10 +52,12 @@ class Encoder:
         window: Window = BIDIRECTIONAL,
         asked_dtype: str | torch.dtype = "auto",
         backend_reason: str = "",
+        normalize: bool = False,
     ):
         self.model = model
         self.config = model.config
         self.pooling = pooling
+        self.normalize = normalize
         self.checkpoint = checkpoint
         self.prompts, self.default_prompt_name = model_prompts(checkpoint)
         self._tokenizer = tokenizer
@@ -124,8 +126,13 @@ class Encoder:
         if max_length is None:
             max_length = own_max_length(checkpoint.tokenizer)
         max_length = min(max_length, config.max_position_embeddings)
-        tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
         run = checkpoint.run
+        tokenizer = TextTokenizer(
+            load_tokenizer(checkpoint.tokenizer, config.vocab_size),
+            max_length,
+            pools_special_tokens=run.pools_special_tokens if run else True,
+            pools_prompt=run.pools_prompt if run else False,
+        )
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
             llama = load_merged(checkpoint, config, chosen_dtype).to(chosen_device).eval()
@@ -138,6 +145,7 @@ class Encoder:
                 window=window or (run.window if run else BIDIRECTIONAL),
                 asked_dtype=dtype,
                 backend_reason=backend_reason,
+                normalize=run.normalize if run else False,
             )
 
     def __reduce__(self) -> NoReturn:
@@ -154,6 +162,13 @@ class Encoder:
     @property
     def max_length(self) -> int:
         return self._tokenizer.max_length
+
+    @property
+    def pooled(self) -> str:
+        """Which of a text's tokens its vector is made of."""
+        if self._tokenizer.pools_prompt:
+            return "all, a prompt's too"
+        return "all, or those after the prompt" if self._tokenizer.pools_special_tokens else "the text's"
 
     @property
     def tokenizer(self):
@@ -195,6 +210,8 @@ class Encoder:
                 and depends on no other text.
             convert_to_tensor: a torch tensor on the encoder's device instead of numpy.
             device: None or the encoder's own; it does not move.
+            normalize_embeddings: scale each vector to length 1; a model whose files say so (sentence-transformers'
+                `Normalize`) always does.
             truncate_dim: keep the leading dimensions, before normalisation.
         Returns:
             `(N, dim)`, or `(dim,)` for one `str`.
@@ -313,7 +330,7 @@ class Encoder:
                 norm_weight=self.model.norm.weight.detach(),
                 norm_eps=self.config.rms_norm_eps,
                 truncate_dim=truncate_dim,
-                normalize=normalize_embeddings,
+                normalize=normalize_embeddings or self.normalize,
             )
             quantized = _quantize(pooled, precision)
             finite = (pooled.isfinite() & quantized.isfinite()).all(dim=-1)  # float16 can overflow

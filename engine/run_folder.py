@@ -20,15 +20,18 @@ EARLIER = "earlier"
 
 @dataclass(frozen=True)
 class RunDescription:
-    """How the vectors of a run are made.
+    """How the vectors of a run are made; also of a published model, whose own files say it.
 
     Attributes:
-        stage: pretrain, mntp, simcse or supervised; export for a folder that `bivec export` merged.
+        stage: pretrain, mntp, simcse or supervised; export for a folder that `bivec export` merged; published for a
+            model that others made.
         base_model: folder or hub id of the original base; None where the run's own folder is the checkpoint.
         earlier: adapters beneath the run's own, oldest first, as folders within the run's.
         window: the mask it was trained for, `(left, right)` with -1 for all.
         pooling: how a text's states become its vector.
-        pools_special_tokens: whether BOS and the like are among them.
+        pools_special_tokens: whether BOS and the like are among them where there is no prompt.
+        pools_prompt: whether a prompt's tokens, and BOS before them, are pooled with the text's.
+        normalize: whether every vector has length 1.
         instruction: put before a query, attended to and not pooled.
         symmetric_instruction: whether it is put before documents too.
         readout_shift: 1 where the state of the token before a word carries the word (MNTP), else 0.
@@ -43,6 +46,8 @@ class RunDescription:
     instruction: str = ""
     readout_shift: int = 0
     symmetric_instruction: bool = False
+    pools_prompt: bool = False
+    normalize: bool = False
 
     def write(self, folder: Path) -> None:
         """Write `bivec.json`, whole or not at all."""
@@ -73,17 +78,16 @@ class RunDescription:
             raise ValueError(f"{path}: pooling must be one of {', '.join(POOLING_MODES)}, got {self.pooling!r}")
         if len(self.window) != 2 or not all(type(bound) is int and -1 <= bound < 2**31 for bound in self.window):
             raise ValueError(f"{path}: window must be two numbers of at least -1, got {self.window!r}")
-        if self.pools_special_tokens is not True:
-            raise ValueError(f"{path}: pools_special_tokens must be true, got {self.pools_special_tokens!r}")
         for name in self.earlier:
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{path}: earlier must name folders within the run's, got {name!r}")
         if not isinstance(self.instruction, str) or not isinstance(self.base_model, str | None):
             raise ValueError(f"{path}: base_model and instruction must be strings")
-        if not isinstance(self.symmetric_instruction, bool):
-            raise ValueError(
-                f"{path}: symmetric_instruction must be true or false, got {self.symmetric_instruction!r:.80}"
-            )
+        for key in ("symmetric_instruction", "pools_special_tokens", "pools_prompt", "normalize"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise ValueError(f"{path}: {key} must be true or false, got {value!r:.80}")
+        if self.pools_prompt and not self.pools_special_tokens:
+            raise ValueError(f"{path}: pools_prompt pools special tokens too, so pools_special_tokens must be true")
         if type(self.readout_shift) is not int or self.readout_shift not in (0, 1):
             raise ValueError(f"{path}: readout_shift must be 0 or 1, got {self.readout_shift!r:.80}")
 

@@ -56,11 +56,21 @@ class Rejected(NamedTuple):
 class TextTokenizer:
     """Tokenises texts for one encoder; `hugging_face` is the unchanged transformers tokenizer.
 
+    Args:
+        pools_special_tokens: whether pooling begins with BOS where there is no prompt, or with the text.
+        pools_prompt: whether it begins with BOS where there is a prompt, too.
     Raises:
         ValueError: it has no fast form, or `max_length` leaves no room for a token of a text beside the special ones.
     """
 
-    def __init__(self, hugging_face: transformers.PreTrainedTokenizerBase, max_length: int):
+    def __init__(
+        self,
+        hugging_face: transformers.PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        pools_special_tokens: bool = True,
+        pools_prompt: bool = False,
+    ):
         backend = getattr(hugging_face, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer must have a fast form (tokenizer.json), got {type(hugging_face).__name__}")
@@ -71,6 +81,7 @@ class TextTokenizer:
             raise ValueError(f"max_length must be at least {num_special + 1} tokens{added}, got {max_length}")
         self.hugging_face = hugging_face
         self.max_length = max_length
+        self.pools_special_tokens, self.pools_prompt = pools_special_tokens, pools_prompt
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
@@ -124,15 +135,16 @@ class TextTokenizer:
 
     def _locate(self, encoding: tokenizers.Encoding, prompt: str) -> Tokenized | Rejected:
         ids = encoding.ids
-        if not prompt:
+        if self.pools_prompt or (self.pools_special_tokens and not prompt):
             return (
                 Tokenized(ids, 0) if ids else Rejected("the text is empty and the tokenizer adds no token of its own")
             )
         ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
         if max(ends, default=0) > len(prompt):
             return Tokenized(ids, next(i for i, end in enumerate(ends) if end > len(prompt.removesuffix(" "))))
+        before = "prompt" if prompt else "special ones"
         return Rejected(
-            f"no token of the text is left after the prompt ({len(ids)} tokens, max_length {self.max_length})"
+            f"no token of the text is left after the {before} ({len(ids)} tokens, max_length {self.max_length})"
         )
 
 

@@ -166,3 +166,18 @@ def test_many_texts_are_tokenised_as_one_is(tiny_llama_folder):
     expected = [tokenizer([text], [prompt])[0] for text, prompt in zip(texts, prompts, strict=True)]
     assert tokenizer(texts, prompts) == expected
     assert any(isinstance(text, Rejected) for text in expected)
+
+
+@pytest.mark.parametrize("prompt", ["", "find this: "])
+def test_what_is_pooled(byte_level, prompt):
+    """BOS where there is no prompt, or always, or never."""
+    own = len(byte_level(prompt.strip())["input_ids"])  # and BOS
+    for arguments, expected in (
+        ({}, own if prompt else 0),
+        ({"pools_special_tokens": False}, own),
+        ({"pools_prompt": True}, 0),
+    ):
+        tokenizer = TextTokenizer(byte_level, 64, **arguments)
+        assert tokenizer(["fox"], [prompt])[0].pool_start == expected
+        (empty,) = tokenizer([""], [prompt])
+        assert isinstance(empty, Rejected) == (expected != 0)
