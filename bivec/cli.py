@@ -240,6 +240,7 @@ def export_model(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
     ] = "bfloat16",
+    normalize: Annotated[bool, typer.Option("--normalize", help="Every vector gets length 1.")] = False,
 ) -> None:
     """Merge a model's adapters and write one folder, for bivec, transformers, sentence-transformers and their kin.
 
@@ -248,7 +249,15 @@ def export_model(
     with one_line_errors():
         from .engine.export import export
 
-        export(model, output, adapters=adapter or [], pooling=pooling, max_length=max_length, dtype=dtype)
+        export(
+            model,
+            output,
+            adapters=adapter or [],
+            pooling=pooling,
+            max_length=max_length,
+            dtype=dtype,
+            normalize=normalize,
+        )
         echo(output)
 
 

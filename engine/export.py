@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from safetensors import SafetensorError
 from .adapters import load_merged
 from .checkpoints import Checkpoint, resolve
 from .config import BIDIRECTIONAL, load_config
+from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
-from .json_files import read_object
 from .model import LlamaModel
 from .ops import DTYPES
 from .outputs import open_folder
@@ -25,7 +26,7 @@ from .tokens import MAX_LENGTH_FILE, TextTokenizer, load_tokenizer, own_max_leng
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
 
 _FILES = re.compile(
-    r"(config|tokenizer|tokenizer_config|modules|1_Pooling/config|model\.safetensors\.index)\.json|tokenizer\.model"
+    r"(config|tokenizer|tokenizer_config|modules|1_Pooling/config|2_Normalize/config|model\.safetensors\.index)\.json|tokenizer\.model"
     rf"|model(-\d+-of-\d+)?\.safetensors|{PROMPTS_FILE}|{MAX_LENGTH_FILE}|{RUN_FILE}"
 )
 
@@ -38,6 +39,7 @@ def export(
     pooling: str | None = None,
     max_length: int | None = None,
     dtype: str = "bfloat16",
+    normalize: bool = False,
 ) -> None:
     """Merge a model's adapters and write it to a new folder.
 
@@ -49,6 +51,7 @@ def export(
         model, adapters, pooling, max_length: as in `Encoder.from_pretrained`.
         output: a folder that does not exist or is empty; it appears whole or not at all.
         dtype: of the weights; each is the float32 sum of base and adapters, rounded once.
+        normalize: whether every vector has length 1 (a Normalize module), as it has where the model itself says so.
     Raises:
         ValueError, FileNotFoundError, FileExistsError: naming the argument or file and what was expected.
     """
@@ -56,17 +59,22 @@ def export(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     checkpoint = resolve(model, adapters)
     config = load_config(checkpoint.base)
-    run = checkpoint.run
-    pooling = pooling or (run.pooling if run else "mean")
-    if pooling not in _POOLING:
-        raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {pooling!r}")
-    if run is not None and run.window != BIDIRECTIONAL:
+    run = replace(checkpoint.run or RunDescription("export", None), stage="export", base_model=None, earlier=())
+    run = replace(run, pooling=pooling or run.pooling, normalize=normalize or run.normalize)
+    if run.pooling not in _POOLING:
+        raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {run.pooling!r}")
+    if run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
-    prompts, default_prompt = _exported_prompts(checkpoint, pooling)
+    prompts, default_prompt = _exported_prompts(checkpoint, run)
     if max_length is None:
         max_length = own_max_length(checkpoint.tokenizer)
     max_length = min(max_length, config.max_position_embeddings)
-    tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
+    tokenizer = TextTokenizer(
+        load_tokenizer(checkpoint.tokenizer, config.vocab_size),
+        max_length,
+        pools_special_tokens=run.pools_special_tokens,
+        pools_prompt=run.pools_prompt,
+    )
 
     inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
     with open_folder(Path(output), inputs, _FILES) as folder:
@@ -77,26 +85,21 @@ def export(
             max_length=max_length,
             vocab_size=config.vocab_size,
         )
-        _write_config(checkpoint.base, folder, dtype)
+        # transformers asks it for the kind of model before it reads the tokenizer
+        write_json(folder / "config.json", {"model_type": config.model_type})
         written = load_tokenizer(folder, config.vocab_size)
-        check_tokenizer(tokenizer, written, prompts, counted=pooling != "last")
+        write_json(folder / "config.json", exported_config(config, written, dtype=dtype, pooling=run.pooling))
+        check_tokenizer(tokenizer, written, prompts, counted=run.pooling != "last")
         if (checkpoint.tokenizer / "tokenizer.model").is_file():  # llama.cpp's converter looks for it
             shutil.copyfile(checkpoint.tokenizer / "tokenizer.model", folder / "tokenizer.model")
         if prompts:
             write_json(folder / PROMPTS_FILE, {"prompts": prompts, "default_prompt_name": default_prompt})
-        _write_modules(folder, config.hidden_size, pooling, max_length)
-        RunDescription(
-            stage="export",
-            base_model=None,
-            pooling=pooling,
-            instruction=run.instruction if run else "",
-            symmetric_instruction=run.symmetric_instruction if run else False,
-            readout_shift=run.readout_shift if run else 0,
-        ).write(folder)
+        _write_modules(folder, config.hidden_size, run, max_length)
+        run.write(folder)
         _write_weights(load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype]), folder)
 
 
-def _exported_prompts(checkpoint: Checkpoint, pooling: str) -> tuple[dict[str, str], str | None]:
+def _exported_prompts(checkpoint: Checkpoint, run: RunDescription) -> tuple[dict[str, str], str | None]:
     """Prompts by name and the default's name, such that sentence-transformers takes the same for queries and documents.
 
     Raises:
@@ -106,7 +109,7 @@ def _exported_prompts(checkpoint: Checkpoint, pooling: str) -> tuple[dict[str, s
     if "document" not in prompts and document_prompt(prompts):
         prompts["document"] = document_prompt(prompts)
     for name, prompt in prompts.items():
-        if prompt and pooling == "weighted_mean":
+        if prompt and run.pooling == "weighted_mean" and not run.pools_prompt:
             raise ValueError(
                 f"pooling 'weighted_mean' cannot be exported with the prompt {name!r} ({prompt!r}): "
                 "sentence-transformers' weights begin with the prompt's tokens, bivec's with the text's; use the model "
@@ -126,24 +129,20 @@ def _write_weights(llama: LlamaModel, folder: Path) -> None:
         path.chmod(mode)
 
 
-def _write_config(base: Path, folder: Path, dtype: str) -> None:
-    values = read_object(base / "config.json")
-    values.pop("torch_dtype", None)
-    architectures = [name.replace("ForCausalLM", "Model") for name in values.get("architectures") or []]
-    write_json(folder / "config.json", values | {"architectures": architectures, "dtype": dtype, "is_causal": False})
-
-
-def _write_modules(folder: Path, width: int, pooling: str, max_length: int) -> None:
-    """sentence-transformers' description of how states become vectors."""
-    paths = {"Transformer": "", "Pooling": "1_Pooling"}
+def _write_modules(folder: Path, width: int, run: RunDescription, max_length: int) -> None:
+    """sentence-transformers' description of how states become vectors, in the spelling that other readers know too."""
+    paths = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if run.normalize else {})
     modules = [
         {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for place, (kind, path) in enumerate(paths.items())
     ]
     write_json(folder / "modules.json", modules)
     write_json(folder / MAX_LENGTH_FILE, {"max_seq_length": max_length, "do_lower_case": False})
-    modes = {f"pooling_mode_{name}": mode == pooling for mode, name in _POOLING.items()}
-    (folder / "1_Pooling").mkdir()
+    modes = {f"pooling_mode_{name}": mode == run.pooling for mode, name in _POOLING.items()}
     # the last token is the same with the prompt, which need not be counted then
-    values = {"word_embedding_dimension": width, **modes, "include_prompt": pooling == "last"}
-    write_json(folder / "1_Pooling" / "config.json", values)
+    included = {"include_prompt": run.pools_prompt or run.pooling == "last"}
+    (folder / "1_Pooling").mkdir()
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **modes, **included})
+    if run.normalize:
+        (folder / "2_Normalize").mkdir()  # with a file in it, or git and the hub would lose it
+        write_json(folder / "2_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})

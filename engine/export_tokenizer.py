@@ -81,11 +81,16 @@ def check_tokenizer(
     Args:
         written: the tokenizer, loaded again.
         prompts: by name.
-        counted: whether the prompts' tokens are left out of pooling, and so must be as many there as here.
+        counted: whether it matters which token is the first that is pooled, and so must be the same one there.
     Raises:
         ValueError: naming the prompt, and what would differ.
     """
-    again = TextTokenizer(written, source.max_length)
+    again = TextTokenizer(
+        written,
+        source.max_length,
+        pools_special_tokens=source.pools_special_tokens,
+        pools_prompt=source.pools_prompt,
+    )
     added = source.hugging_face.added_tokens_decoder.values()
     samples = [*_SAMPLES, *(f"a {token.content} b" for token in added if not token.special)]
     cut: dict[str, Any] = {"truncation": True, "max_length": source.max_length}
@@ -93,7 +98,7 @@ def check_tokenizer(
         repeated = [prompt] * len(samples)
         expected, reread = source(samples, repeated), again(samples, repeated)
         theirs = written([prompt + text for text in samples], **cut)["input_ids"]
-        count = _count_alone(written, prompt, cut) if prompt and counted else None
+        count = _count_alone(written, prompt, cut) if prompt and not source.pools_prompt else 0
         for text, result, ours, ids in zip(samples, expected, reread, theirs, strict=True):
             if isinstance(result, Rejected):
                 if prompt and text.strip():
@@ -101,7 +106,13 @@ def check_tokenizer(
                 continue
             if result != ours or result.ids != ids:
                 raise ValueError(f"the tokenizer cannot be exported: written, it gives {prompt + text!r} other tokens")
-            if count not in (None, result.pool_start):
+            if counted and result.pool_start != count and not prompt:
+                raise ValueError(
+                    "the model cannot be exported: it never pools what its tokenizer puts before a text, and "
+                    "sentence-transformers does where there is no prompt; use it as it is, export its adapters with "
+                    "--adapter-only, or export it with pooling 'last'"
+                )
+            if counted and result.pool_start != count:
                 raise ValueError(
                     f"the prompt {name!r} ({prompt!r}) cannot be exported: sentence-transformers would leave {count} "
                     f"tokens out of pooling, and before {text!r} it has {result.pool_start}; it can be where it ends "
