@@ -196,6 +196,9 @@ class Encoder:
     ) -> Any:
         """Embed texts; arguments as in sentence-transformers.
 
+        An empty text that leaves no token to pool (it stands under a prompt, or the tokenizer adds no BOS) has the zero
+        vector; so has white space that the tokenizer drops. `encode_rows` and `bivec embed` report it instead.
+
         Args:
             sentences: texts, in a list, an array or another iterable; one `str` gives one vector;
                 `[[instruction, text], ...]` as in LLM2Vec, where a space joins the two unless the instruction ends with
@@ -228,9 +231,9 @@ class Encoder:
         if output_value != "sentence_embedding":
             raise ValueError(f"output_value must be sentence_embedding or token_embeddings, got {output_value!r}")
         with tqdm(total=len(texts), unit="text", disable=not self._shows_progress(show_progress_bar, texts)) as bar:
-            vectors, reasons, _ = self.encode_rows(
-                texts,
-                prompt=prompts,
+            vectors, reasons, _ = self._encode_windows(
+                lambda window: list(map(_without_tokens, self._tokenizer(texts[window], prompts[window]))),
+                len(texts),
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
                 precision=precision,
@@ -282,21 +285,14 @@ class Encoder:
             vectors `(N, dim)` with zeros where there is a reason; a reason or None for each text; tokens run.
         """
         prompts = [prompt] * len(texts) if isinstance(prompt, str) else prompt
-        windows = [slice(start, start + _WINDOW) for start in range(0, len(texts), _WINDOW) or [0]]
-        tokenized = (self._tokenizer(texts[window], prompts[window]) for window in windows)
-        with contextlib.closing(ahead(tokenized) if len(windows) > 1 else tokenized) as found:
-            parts = [
-                self.encode_tokenized(
-                    window,
-                    normalize_embeddings=normalize_embeddings,
-                    truncate_dim=truncate_dim,
-                    precision=precision,
-                    progress=progress,
-                )
-                for window in found
-            ]
-        vectors, reasons, num_tokens = zip(*parts, strict=True)
-        return np.concatenate(vectors), [reason for part in reasons for reason in part], sum(num_tokens)
+        return self._encode_windows(
+            lambda window: self._tokenizer(texts[window], prompts[window]),
+            len(texts),
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            precision=precision,
+            progress=progress,
+        )
 
     def tokenize_rows(self, texts: Sequence[str], *, prompt: str = "") -> list[Tokenized | Rejected]:
         """The first half of `encode_rows`, on the host alone: it may run while another thread computes."""
@@ -311,7 +307,10 @@ class Encoder:
         precision: Precision = "float32",
         progress: Callable[[int, int], object] | None = None,
     ) -> tuple[np.ndarray, list[str | None], int]:
-        """The second half of `encode_rows`: pack the texts, run them, pool; it returns what `encode_rows` does."""
+        """The second half of `encode_rows`: pack the texts, run them, pool; it returns what `encode_rows` does.
+
+        A text without tokens has the zero vector.
+        """
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         dim = self.get_embedding_dimension()
@@ -319,7 +318,8 @@ class Encoder:
             raise ValueError(f"truncate_dim must be from 1 to {dim}, got {truncate_dim}")
         vectors = np.zeros((len(tokenized), truncate_dim or dim), dtype=PRECISIONS[precision])
         reasons = [text.reason if isinstance(text, Rejected) else None for text in tokenized]
-        rows = [row for row, reason in enumerate(reasons) if reason is None]
+        rows = [row for row, text in enumerate(tokenized) if isinstance(text, Tokenized) and text.ids]
+        texts = [text for text in tokenized if isinstance(text, Tokenized) and text.ids]
 
         def embed(slab: list[int], batch: PackedBatch) -> tuple[list[int], OnHost, OnHost, int]:
             pooled = pool(
@@ -337,9 +337,7 @@ class Encoder:
             return slab, OnHost(quantized.where(finite[:, None], 0)), OnHost(finite), batch.num_tokens
 
         total = 0
-        for slab, found, finite, num_tokens in self.slabs.map(
-            embed, [text for text in tokenized if isinstance(text, Tokenized)]
-        ):
+        for slab, found, finite, num_tokens in self.slabs.map(embed, texts):
             places = [rows[index] for index in slab]
             vectors[places] = found.numpy()
             for index in np.flatnonzero(~finite.numpy()):
@@ -348,6 +346,17 @@ class Encoder:
             if progress is not None:
                 progress(len(slab), num_tokens)
         return vectors, reasons, total
+
+    def _encode_windows(
+        self, tokenize: Callable[[slice], list[Tokenized | Rejected]], num_texts: int, **options: Any
+    ) -> tuple[np.ndarray, list[str | None], int]:
+        """`encode_tokenized` of window after window of `num_texts`, the next one tokenised meanwhile."""
+        windows = [slice(start, start + _WINDOW) for start in range(0, num_texts, _WINDOW) or [0]]
+        tokenized = (tokenize(window) for window in windows)
+        with contextlib.closing(ahead(tokenized) if len(windows) > 1 else tokenized) as found:
+            parts = [self.encode_tokenized(window, **options) for window in found]
+        vectors, reasons, num_tokens = zip(*parts, strict=True)
+        return np.concatenate(vectors), [reason for part in reasons for reason in part], sum(num_tokens)
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
@@ -403,14 +412,16 @@ class Encoder:
     def _token_embeddings(self, texts: Sequence[str], prompts: Sequence[str], as_numpy: bool) -> list:
         """Final hidden states `(tokens, dim)` of each text, prompt and special tokens included, float32."""
         tokenized = self._tokenizer(texts, prompts)
-        _raise_first([text.reason if isinstance(text, Rejected) else None for text in tokenized])
-        found = [text for text in tokenized if isinstance(text, Tokenized)]
-        embeddings: list = [None] * len(found)
+        _raise_first([text.reason if isinstance(text, Rejected) and text.ids is None else None for text in tokenized])
+        found = [Tokenized(text.ids, 0) for text in tokenized if text.ids]
+        rows = [row for row, text in enumerate(tokenized) if text.ids]
+        none = torch.zeros(0, self.get_embedding_dimension(), device=self.device)
+        embeddings: list = [none.cpu().numpy() if as_numpy else none] * len(tokenized)
 
         def embed(slab: list[int], batch: PackedBatch) -> None:
             hidden_states = self.model.norm(self.runner(batch, self.windows)).detach().float()
             for index, states in zip(slab, hidden_states.split(batch.seqlens), strict=True):
-                embeddings[index] = states.cpu().numpy() if as_numpy else states.clone()
+                embeddings[rows[index]] = states.cpu().numpy() if as_numpy else states.clone()
 
         for _ in self.slabs.map(embed, found):
             pass
@@ -428,6 +439,11 @@ def _quantize(vectors: torch.Tensor, precision: Precision) -> torch.Tensor:
         largest = vectors.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (vectors * (127.0 / largest)).round().to(torch.int8)
     return vectors.half() if precision == "float16" else vectors
+
+
+def _without_tokens(text: Tokenized | Rejected) -> Tokenized | Rejected:
+    """An empty text as one that is run with no tokens, whose vector is zero."""
+    return Tokenized([], 0) if isinstance(text, Rejected) and text.ids is not None else text
 
 
 def _raise_first(reasons: Sequence[str | None]) -> None:

@@ -48,9 +48,10 @@ class Tokenized(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A text that has no embedding, and why."""
+    """A text that has no embedding, and why; `ids` are the tokens around a text that is empty, None for any other."""
 
     reason: str
+    ids: list[int] | None = None
 
 
 class TextTokenizer:
@@ -117,7 +118,7 @@ class TextTokenizer:
                     if end < len(text) and len(encoding.ids) < self.max_length:
                         again.append(i)
                     else:
-                        results[i] = self._locate(encoding, prompts[i])
+                        results[i] = self._locate(encoding, texts[i], prompts[i])
             good = again
             num_characters *= 4
         return [result for result in results if result is not None]
@@ -133,18 +134,20 @@ class TextTokenizer:
             num_characters *= 4
         return len(text)
 
-    def _locate(self, encoding: tokenizers.Encoding, prompt: str) -> Tokenized | Rejected:
+    def _locate(self, encoding: tokenizers.Encoding, text: str, prompt: str) -> Tokenized | Rejected:
         ids = encoding.ids
+        # where there was no room for a token of its own, a text is not merely empty
+        around = ids if len(ids) < self.max_length and not text.strip() else None
         if self.pools_prompt or (self.pools_special_tokens and not prompt):
-            return (
-                Tokenized(ids, 0) if ids else Rejected("the text is empty and the tokenizer adds no token of its own")
-            )
+            if ids:
+                return Tokenized(ids, 0)
+            return Rejected("the text is empty and the tokenizer adds no token of its own", around)
         ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
         if max(ends, default=0) > len(prompt):
             return Tokenized(ids, next(i for i, end in enumerate(ends) if end > len(prompt.removesuffix(" "))))
         before = "prompt" if prompt else "special ones"
         return Rejected(
-            f"no token of the text is left after the {before} ({len(ids)} tokens, max_length {self.max_length})"
+            f"no token of the text is left after the {before} ({len(ids)} tokens, max_length {self.max_length})", around
         )
 
 

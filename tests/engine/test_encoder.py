@@ -87,19 +87,69 @@ def test_empty_text_is_the_vector_of_bos(encoder, reference):
     assert_near(encoder.encode(""), reference([encoder.tokenizer.bos_token_id])[0])
 
 
-def test_empty_text_without_bos_is_an_error(make_checkpoint, tmp_path):
+@pytest.mark.parametrize(("pooling", "mode"), [("mean", "mean"), ("last", "lasttoken")])
+def test_empty_text_under_a_prompt_is_as_in_sentence_transformers(tiny_llama_folder, pooling, mode):
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="package sentence-transformers is absent"
+    )
+    modules = sentence_transformers.sentence_transformer.modules
+    transformer = modules.Transformer(str(tiny_llama_folder))
+    transformer.tokenizer.pad_token = "</s>"
+    transformer.auto_model.config.is_causal = False
+    pooled = modules.Pooling(64, mode, include_prompt=False)
+    peer = sentence_transformers.SentenceTransformer(modules=[transformer, pooled], device="cpu")
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", pooling=pooling)
+    texts = ["", " ", TEXTS[0]]
+    for normalize in (False, True):
+        arguments = {"prompt": "find:", "normalize_embeddings": normalize}
+        ours = encoder.encode(texts, **arguments)
+        assert ours.any(axis=1).tolist() == [False, True, True]
+        assert_near(ours, peer.encode(texts, batch_size=1, **arguments))
+
+
+def test_only_what_is_empty_is_zeros(encoder):
+    """And in `encode` alone: rows are reported."""
+    good = encoder.encode(TEXTS[:2], prompt="find: ")
+    for sentences, prompt in (
+        (["", TEXTS[0], "", TEXTS[1]], "find: "),
+        ([["find:", ""], ["find:", TEXTS[0]], ["find: ", ""], ["find:", TEXTS[1]]], None),
+    ):
+        vectors = encoder.encode(sentences, prompt=prompt)
+        assert np.array_equal(vectors, np.stack([np.zeros_like(good[0]), good[0], np.zeros_like(good[0]), good[1]]))
+    for arguments in ({}, {"truncate_dim": 8, "normalize_embeddings": True}, {"precision": "int8"}):
+        expected = encoder.encode(TEXTS[:1], prompt="find: ", **arguments)
+        found = encoder.encode(["", TEXTS[0]], prompt="find: ", **arguments)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, np.concatenate([np.zeros_like(expected), expected]))
+    for encode in (encoder.encode, encoder.encode_query, encoder.encode_document):
+        assert torch.equal(encode("", prompt="find: ", convert_to_tensor=True), torch.zeros(64))
+    assert not encoder.similarity(vectors, vectors)[0].any()  # and not NaN
+    _, reasons, _ = encoder.encode_rows(["", "fox"], prompt="find: ")
+    assert "no token of the text is left after the prompt" in reasons[0]
+    assert reasons[1] is None
+    for text, reason in (("", "max_length 64"), ("a\ud800", "lone surrogate")):
+        with pytest.raises(ValueError, match=rf"sentences\[1\] cannot be embedded: .*{reason}"):
+            encoder.encode([["", "fine"], ["query " * 100, text]])
+
+
+def test_empty_text_without_bos_is_zeros(make_checkpoint, tmp_path):
     encoder = Encoder.from_pretrained(make_checkpoint(tmp_path, "qwen2", bos=False), dtype="float32")
-    with pytest.raises(ValueError, match=r"sentences\[1\] cannot be embedded: the text is empty"):
-        encoder.encode(["fine", ""])
-    vectors, reasons, _ = encoder.encode_rows(["fine", "", "also fine"])
-    assert [reason is None for reason in reasons] == [True, False, True]
-    assert not vectors[1].any()
-    assert np.array_equal(vectors[2], encoder.encode("also fine"))
+    fine, zeros = encoder.encode("fine"), np.zeros(64, np.float32)
+    assert np.array_equal(encoder.encode(["", "fine", ""]), np.stack([zeros, fine, zeros]))
+    assert np.array_equal(encoder.encode(""), zeros)
+    vectors, reasons, _ = encoder.encode_rows(["fine", ""])
+    assert reasons == [None, "the text is empty and the tokenizer adds no token of its own"]
+    assert np.array_equal(vectors, np.stack([fine, zeros]))
+    empty, states = encoder.encode(["", "fine"], output_value="token_embeddings")
+    assert empty.shape == (0, 64)
+    assert_near(states.mean(0), fine)
 
 
-def test_empty_text_after_a_prompt_is_an_error(encoder):
-    with pytest.raises(ValueError, match="no token of the text is left after the prompt"):
-        encoder.encode("", prompt="query: ")
+def test_states_of_an_empty_text_are_those_of_the_prompt(encoder, reference):
+    ids = encoder.tokenizer("find: ")["input_ids"]
+    fox, empty = encoder.encode(["fox", ""], prompt="find: ", output_value="token_embeddings")
+    assert_near(empty, reference(ids))
+    assert_near(fox, reference(encoder.tokenizer("find: fox")["input_ids"]))
 
 
 def test_lone_surrogate_is_an_error_that_names_it(encoder):

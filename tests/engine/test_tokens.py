@@ -140,7 +140,29 @@ def test_a_prompt_has_as_many_tokens_before_every_text(byte_level):
     (alone,) = tokenizer(["find:"], [""])
     assert {text.pool_start for text in found} == {len(alone.ids)}
     assert len({tuple(text.ids[: len(alone.ids)]) for text in found}) == 1
-    assert isinstance(tokenizer([""], ["find: "])[0], Rejected)
+    assert tokenizer([""], ["find: "])[0].ids == byte_level("find: ")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "ids"),
+    [
+        ("", "", []),
+        (" \n", "", []),
+        (" ", "a", [0]),
+        ("☃", "", None),  # a text, of which the tokenizer knows nothing
+        ("☃", "a", None),
+        ("", "a b a", None),  # and no room for any text
+        (" ", "a b a b", None),
+    ],
+)
+def test_what_is_empty_and_what_has_no_token(text, prompt, ids):
+    """A tokenizer that drops white space, and what it does not know."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    hugging_face = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    (found,) = TextTokenizer(hugging_face, 3)([text], [prompt])
+    assert isinstance(found, Rejected)
+    assert found.ids == ids
 
 
 def test_a_tokenizer_is_copied_with_all_its_files(make_checkpoint, tmp_path):

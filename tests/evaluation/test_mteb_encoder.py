@@ -68,6 +68,24 @@ def test_an_instruction_attends_and_is_not_pooled(encoder):
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_corpus_with_empty_titles_and_texts_comes_through(encoder):
+    """Rows as mteb joins them: text is title and body."""
+    ours = MtebEncoder(encoder, {"task": {"query": "Find it:", "document": "Given:"}})
+    batches = [
+        {"id": ["0", "1"], "title": [None, "fox"], "body": ["", "jumps"], "text": ["", "fox jumps"]},
+        {"id": ["2"], "title": ["fox"], "body": [""], "text": ["fox"]},
+    ]
+    for side, instruction in ((QUERY, "Find it: "), (DOCUMENT, "Given: ")):
+        found = ours.encode(batches, task_metadata=metadata("task"), hf_split="", hf_subset="", prompt_type=side)
+        assert not found[0].any()
+        assert np.array_equal(found[1:], encoder.encode(["fox jumps", "fox"], prompt=instruction))
+    scores = ours.similarity(found, found)
+    assert scores[0].tolist() == [0, 0, 0]
+    assert scores.isfinite().all()
+    assert np.array_equal(ours.similarity_pairwise(found[:1], found[1:2]), [0])
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_another_model_has_another_revision(tiny_llama_folder, adapted, encoder):
     """mteb would take a result that it has kept for one model as another's of the same name."""
     arguments = ({}, {"pooling": "last"}, {"max_length": 9}, {"window": (-1, 0)}, {"adapters": [adapted[0]]})
@@ -115,7 +133,8 @@ def test_a_small_task_in_mteb(encoder):
     assert scores["main_score"] == pytest.approx(scipy.stats.spearmanr(gold, cosines).statistic, abs=1e-5)
 
 
-def test_a_small_retrieval_task_in_mteb(encoder):
+@pytest.mark.parametrize("empty", [False, True], ids=["texts", "empty-texts"])
+def test_a_small_retrieval_task_in_mteb(encoder, empty):
     mteb = pytest.importorskip("mteb", reason="mteb is not installed: pip install 'bivec[eval]'")
     import datasets
     from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -123,6 +142,9 @@ def test_a_small_retrieval_task_in_mteb(encoder):
     from mteb.abstasks.task_metadata import TaskMetadata
 
     documents = ["the quick brown fox jumps", "a packed batch holds many sequences", "every token sees every token"]
+    titles = ["the quick", "", "every"] if empty else [""] * 3
+    bodies = [document.removeprefix(title).strip() for document, title in zip(documents, titles, strict=True)]
+    nothing = [""] * (2 if empty else 0)
 
     class SmallRetrieval(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -135,11 +157,12 @@ def test_a_small_retrieval_task_in_mteb(encoder):
             eval_splits=["test"],
             eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
-            prompt={"query": "Given a question, find it:"},
+            prompt={"query": "Given a question, find it:"} | ({"document": "A document:"} if empty else {}),
         )
 
         def load_data(self, **_):
-            corpus = {"id": ["d0", "d1", "d2"], "title": [""] * 3, "text": documents}
+            ids = [f"d{place}" for place in range(len(bodies + nothing))]
+            corpus = {"id": ids, "title": titles + nothing, "text": bodies + nothing}
             queries = {"id": ["q0", "q1", "q2"], "text": documents}
             split = RetrievalSplitData(
                 corpus=datasets.Dataset.from_dict(corpus),
@@ -155,5 +178,5 @@ def test_a_small_retrieval_task_in_mteb(encoder):
     plain = encoder.encode
     encoder.encode = lambda texts, **arguments: asked.append(arguments["prompt"]) or plain(texts, **arguments)
     result = mteb.evaluate(ours, [SmallRetrieval()], cache=None)
-    assert sorted(asked) == ["", "Given a question, find it: "]
+    assert sorted(asked) == ["A document: " if empty else "", "Given a question, find it: "]
     assert result.task_results[0].scores["test"][0]["recall_at_1"] > 0.3
