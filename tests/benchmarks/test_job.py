@@ -35,7 +35,8 @@ def test_costs(monkeypatch):
     with costs.counted():
         object.__new__(ShardOutput).end_shard(1)
         assert runner(batch, None) == 530
-    assert 0.05 <= costs.durable_seconds < 0.5
+    seconds = costs.durable_seconds
+    assert seconds >= 0.05
     assert (costs.num_tokens, costs.num_rows) == (530, 512 + 2 * 16)
     object.__new__(ShardOutput).end_shard(1)
-    assert costs.durable_seconds < 0.5
+    assert costs.durable_seconds == seconds

@@ -86,9 +86,9 @@ def test_ten_megabytes_take_milliseconds(byte_level):
     tokenizer = TextTokenizer(byte_level, 512)
     text = "a packed batch holds many sequences " * 290_000
     tokenizer(["warm"], [""])
-    start = time.perf_counter()
+    start = time.process_time()  # the wall clock would measure whoever else uses the machine
     (found,) = tokenizer([text], [""])
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert len(found.ids) == 512
     assert found == tokenizer([text[:100_000]], [""])[0]
 

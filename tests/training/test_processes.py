@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,11 +24,10 @@ train(STAGES[sys.argv[1]](**json.loads(sys.argv[2])))
 
 
 def run_processes(settings, world_size: int) -> None:
-    """Train in processes that find each other as torchrun's do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    """Train in processes that find each other as torchrun's do, by a store whose port nobody else can take."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment |= {"WORLD_SIZE": str(world_size), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", TRAIN, settings.stage, json.dumps(asdict(settings))]
     ranks = [
