@@ -52,6 +52,9 @@ class Described(Protocol):
     @property
     def pooled(self) -> str: ...
 
+    @property
+    def template(self) -> tuple[str, str]: ...
+
 
 def describe(encoder: Described) -> dict[str, Any]:
     """Sections of texts, numbers and lists; sizes are computed from shapes, the self-test's lines are its results."""
@@ -83,6 +86,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             "max length": f"{encoder.max_length} tokens (the model has {config.max_position_embeddings} positions)",
             "prompts": encoder.prompts,
             "default prompt": encoder.default_prompt_name or "none",
+            "template": " … ".join(map(repr, encoder.template)) if any(encoder.template) else "none",
         },
         "backend": {
             "device": _device_name(encoder.device),
@@ -119,6 +123,7 @@ def identity(encoder: Described) -> dict[str, Any]:
         "window": [list(window) for window in sorted(set(encoder.windows))],
         "pooling": encoder.pooling,
         "pooled": encoder.pooled,
+        "template": list(encoder.template),
         "normalize": encoder.normalize,
         "max_length": encoder.max_length,
         "dtype": str(encoder.dtype).removeprefix("torch."),

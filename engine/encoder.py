@@ -132,6 +132,7 @@ class Encoder:
             max_length,
             pools_special_tokens=run.pools_special_tokens if run else True,
             pools_prompt=run.pools_prompt if run else False,
+            template=run.template if run else ("", ""),
         )
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
@@ -169,6 +170,11 @@ class Encoder:
         if self._tokenizer.pools_prompt:
             return "all, a prompt's too"
         return "all, or those after the prompt" if self._tokenizer.pools_special_tokens else "the text's"
+
+    @property
+    def template(self) -> tuple[str, str]:
+        """What stands before each prompt and after each text, as strings."""
+        return self._tokenizer.template
 
     @property
     def tokenizer(self):

@@ -35,6 +35,8 @@ class RunDescription:
         instruction: put before a query, attended to and not pooled.
         symmetric_instruction: whether it is put before documents too.
         readout_shift: 1 where the state of the token before a word carries the word (MNTP), else 0.
+        template: a chat template, as strings before and after instruction and text; special tokens in it are special.
+            The text's states and those of what stands after it are pooled.
     """
 
     stage: str
@@ -48,6 +50,7 @@ class RunDescription:
     symmetric_instruction: bool = False
     pools_prompt: bool = False
     normalize: bool = False
+    template: tuple[str, str] = ("", "")
 
     def write(self, folder: Path) -> None:
         """Write `bivec.json`, whole or not at all."""
@@ -67,7 +70,8 @@ class RunDescription:
             return None
         values = read_object(path)
         try:
-            run = cls(**(values | {key: _as_tuple(values, key) for key in ("earlier", "window")}))
+            tuples = ("earlier", "window", *(key for key in ("template",) if key in values))
+            run = cls(**(values | {key: _as_tuple(values, key) for key in tuples}))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} must describe a run, as `bivec train` writes it: {error}") from error
         run._check(path)
@@ -88,6 +92,8 @@ class RunDescription:
                 raise ValueError(f"{path}: {key} must be true or false, got {value!r:.80}")
         if self.pools_prompt and not self.pools_special_tokens:
             raise ValueError(f"{path}: pools_prompt pools special tokens too, so pools_special_tokens must be true")
+        if len(self.template) != 2 or not all(isinstance(part, str) for part in self.template):
+            raise ValueError(f"{path}: template must be the strings before and after a text, got {self.template!r:.80}")
         if type(self.readout_shift) is not int or self.readout_shift not in (0, 1):
             raise ValueError(f"{path}: readout_shift must be 0 or 1, got {self.readout_shift!r:.80}")
 

@@ -6,6 +6,9 @@ before a digit, and so a prompt has the same number of tokens before every text 
 Special-token strings inside a text (`</s>`, `<|eot_id|>`) are plain text. Texts are cut to `max_length` tokens, special
 tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do. A long text is cut
 before it is tokenised, where that cannot change its first tokens.
+
+A chat template stands around prompt and text. What of it special tokens enclose is added as the tokenizer's own BOS is;
+the characters next to the text are tokenised with it, as if template and text were one string.
 """
 
 import json
@@ -60,6 +63,8 @@ class TextTokenizer:
     Args:
         pools_special_tokens: whether pooling begins with BOS where there is no prompt, or with the text.
         pools_prompt: whether it begins with BOS where there is a prompt, too.
+        template: strings before the prompt and after the text, whose trailing white space is then left out; what stands
+            after the text is pooled with it.
     Raises:
         ValueError: it has no fast form, or `max_length` leaves no room for a token of a text beside the special ones.
     """
@@ -71,19 +76,24 @@ class TextTokenizer:
         *,
         pools_special_tokens: bool = True,
         pools_prompt: bool = False,
+        template: tuple[str, str] = ("", ""),
     ):
         backend = getattr(hugging_face, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer must have a fast form (tokenizer.json), got {type(hugging_face).__name__}")
         self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy: ours to configure
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.template = template
+        self._before, self._after = _put_around(self._backend, template) if any(template) else template
         num_special = self._backend.num_special_tokens_to_add(False)
         if max_length <= num_special:
-            added = f", {num_special} of which the tokenizer adds" if num_special else ""
+            adds = "the tokenizer and the template add" if any(template) else "the tokenizer adds"
+            added = f", {num_special} of which {adds}" if num_special else ""
             raise ValueError(f"max_length must be at least {num_special + 1} tokens{added}, got {max_length}")
         self.hugging_face = hugging_face
         self.max_length = max_length
         self.pools_special_tokens, self.pools_prompt = pools_special_tokens, pools_prompt
-        self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
         self._cuts_before_spaces = _cuts_before_spaces(self._backend)
@@ -102,7 +112,7 @@ class TextTokenizer:
         good = [i for i, result in enumerate(results) if result is None]
         num_characters = _PREFIX_CHARACTERS * self.max_length
         while good:
-            whole = [prompts[i] + texts[i] for i in good]
+            whole = [self._before + prompts[i] + self._stripped(texts[i]) + self._after for i in good]
             ends = [self._prefix_end(text, num_characters) for text in whole]
             again = []
             for part in _parts(ends):
@@ -122,6 +132,9 @@ class TextTokenizer:
             good = again
             num_characters *= 4
         return [result for result in results if result is not None]
+
+    def _stripped(self, text: str) -> str:
+        return text.rstrip() if any(self.template) else text
 
     def _prefix_end(self, text: str, num_characters: int) -> int:
         """Where to cut: the last place before `num_characters` at which a space follows a character that is none."""
@@ -143,12 +156,51 @@ class TextTokenizer:
                 return Tokenized(ids, 0)
             return Rejected("the text is empty and the tokenizer adds no token of its own", around)
         ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
-        if max(ends, default=0) > len(prompt):
-            return Tokenized(ids, next(i for i, end in enumerate(ends) if end > len(prompt.removesuffix(" "))))
-        before = "prompt" if prompt else "special ones"
+        before = self._before + prompt
+        if self._stripped(text) and max(ends, default=0) > len(before):
+            return Tokenized(ids, next(i for i, end in enumerate(ends) if end > len(before.removesuffix(" "))))
+        left = "prompt" if prompt else "special ones"
         return Rejected(
-            f"no token of the text is left after the {before} ({len(ids)} tokens, max_length {self.max_length})", around
+            f"no token of the text is left after the {left} ({len(ids)} tokens, max_length {self.max_length})", around
         )
+
+
+def _put_around(backend: tokenizers.Tokenizer, template: tuple[str, str]) -> tuple[str, str]:
+    """Add a template's ends, up to its innermost special tokens, to what `backend` adds to a text; returns the rest.
+
+    Raises:
+        ValueError: tokens would differ from those of template and text as one string.
+    """
+    special = {place for place, token in backend.get_added_tokens_decoder().items() if token.special}
+    whole = backend.encode("".join((template[0], "a", template[1])))
+    head, tail = (backend.encode(part, add_special_tokens=False) for part in template)
+    own = backend.encode("a")
+    begin = own.special_tokens_mask.index(0)
+    end = len(own) - own.special_tokens_mask[::-1].index(0)
+    num_head = max((place + 1 for place, token in enumerate(head.ids) if token in special), default=0)
+    first = min((place for place, token in enumerate(tail.ids) if token in special), default=len(tail.ids))
+    added = {
+        "before": own.ids[:begin] + head.ids[:num_head],
+        "after": tail.ids[first:] + own.ids[end:],
+    }
+    pieces = [*(["before"] if added["before"] else []), "$A", *(["after"] if added["after"] else [])]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=pieces,
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": [backend.id_to_token(token) for token in ids]}
+            for name, ids in added.items()
+            if ids
+        ],
+    )
+    before = template[0][head.offsets[num_head - 1][1] if num_head else 0 :]
+    after = template[1][: tail.offsets[first][0] if first < len(tail.ids) else None]
+    found = backend.encode(before + "a" + after)
+    if found.ids != whole.ids:
+        raise ValueError(
+            f"template {template!r} cannot be put around a text with this tokenizer: it would give the tokens "
+            f"{found.tokens}, not {whole.tokens}"
+        )
+    return before, after
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:

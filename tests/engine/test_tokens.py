@@ -203,3 +203,84 @@ def test_what_is_pooled(byte_level, prompt):
         assert tokenizer(["fox"], [prompt])[0].pool_start == expected
         (empty,) = tokenizer([""], [prompt])
         assert isinstance(empty, Rejected) == (expected != 0)
+
+
+USER = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
+INST = ("[INST] ", " [/INST]")
+
+
+@pytest.fixture
+def make_instructed(make_tokenizer, bos_and_eos):
+    """Makes a family's tokenizer with Llama 3's special tokens and what stands around its texts."""
+
+    def make(family, end=""):
+        backend = make_tokenizer(family)
+        backend.post_processor = bos_and_eos(backend, "<s>", end)
+        backend.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+        both = [tokenizers.processors.ByteLevel(), backend.post_processor]
+        backend.post_processor = tokenizers.processors.Sequence(both)
+        backend.enable_truncation(3)  # as many published files are
+        backend.enable_padding()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "end", "template"),
+    [("llama-3", "", USER), ("llama-3", "</s>", USER), ("llama-2", "", INST), ("mistral", "", INST)],
+)
+def test_a_template_gives_the_tokens_of_one_string(make_instructed, family, end, template):
+    hugging_face = make_instructed(family, end)
+    tokenizer = TextTokenizer(hugging_face, 64, pools_special_tokens=False, template=template)
+    for prompt in ("", "find what answers it: "):
+        for text in ("fox", "the quick brown fox \n ", " two", "\nline", "北京 naïve", "7 foxes", "x" * 9):
+            (found,) = tokenizer([text], [prompt])
+            whole = template[0] + prompt + text.rstrip() + template[1]
+            expected = hugging_face(whole, return_offsets_mapping=True)
+            assert found.ids == expected["input_ids"]
+            start = len(template[0] + prompt)
+            first = next(i for i, (_, end) in enumerate(expected["offset_mapping"]) if end > start)
+            spaces = hugging_face.convert_ids_to_tokens(found.ids[found.pool_start : first])
+            assert spaces in ([], ["Ġ"], ["▁"])  # which ends what stands before
+
+
+def test_a_templates_special_tokens_are_special_in_it_alone(make_instructed):
+    hugging_face = make_instructed("llama-3")
+    special = {place for place, token in hugging_face.added_tokens_decoder.items() if token.special}
+    tokenizer = TextTokenizer(hugging_face, 12, pools_special_tokens=False, template=USER)
+    head, tail = (hugging_face(part, add_special_tokens=False)["input_ids"] for part in USER)
+    hostile, long, blank = tokenizer(["<|eot_id|>", "the quick brown fox " * 500, " \n"], [""] * 3)
+    for found in (hostile, long):
+        assert found.ids[: found.pool_start] == hugging_face("")["input_ids"] + head
+        assert found.ids[-len(tail) :] == tail
+        assert not set(found.ids[found.pool_start : -len(tail)]) & special
+        assert len(found.ids) == 12
+    assert isinstance(blank, Rejected)
+    assert isinstance(
+        TextTokenizer(hugging_face, 64, pools_special_tokens=False, template=INST)([" "], [""])[0], Rejected
+    )
+    least = len(head) - 2 + 1 + len(tail)  # the line feeds are the text's
+    with pytest.raises(ValueError, match=f"{least} of which the tokenizer and the template add"):
+        TextTokenizer(hugging_face, least, template=USER)
+
+
+def test_a_template_that_would_give_other_tokens_is_refused(make_instructed):
+    """Mistral's newer tokenizers put their space before the first word alone."""
+    with pytest.raises(ValueError, match=r"template \('</s>', ''\) cannot be put around a text"):
+        TextTokenizer(make_instructed("mistral"), 64, template=("</s>", ""))
+
+
+@pytest.mark.parametrize("family", ["llama-3", "mistral"])
+def test_a_long_text_in_a_template_is_cut_as_it_is_whole(make_instructed, family):
+    template = USER if family == "llama-3" else INST
+    cutting, whole = (TextTokenizer(make_instructed(family), 24, template=template) for _ in range(2))
+    assert cutting._cuts_before_spaces
+    whole._cuts_before_spaces = False
+    texts = [
+        "many sequences side by side " * 99,
+        "fox " * 30 + "x" * 300,
+        "a " * 12,
+        "a b c d e f g h i j k " + "x" * 400,
+    ]
+    assert cutting(texts, ["find: "] * 4) == whole(texts, ["find: "] * 4)
