@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from .json_files import read_object
+from .modules import PublishedModel, read_published
 from .run_folder import RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -62,6 +63,8 @@ class _Part:
         run = RunDescription.read(folder)
         if run is not None and run.base_model is not None:
             return cls(folder, (*(folder / name for name in run.earlier), folder), run.base_model, run)
+        if run is None and (published := read_published(folder)) is not None:
+            folder, run = published.transformer, published
         if (folder / ADAPTER_FILES[0]).is_file():
             return cls(folder, (folder,), adapter_base(folder), run)
         return cls(folder, (), None, run)
@@ -131,6 +134,8 @@ def resolve(
             )
         chain, run = brought, described or run
         tokenizers.insert(0, top.folder)
+    if isinstance(run, PublishedModel):
+        run = run.on(base)
     tokenizer = next((folder for folder in tokenizers if _has_tokenizer(folder)), base)
     return Checkpoint(str(model), base, base_name, tokenizer, chain, run)
 

@@ -5,6 +5,7 @@ Both spellings are read: that of published checkpoints (`rope_theta` and `rope_s
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ BIDIRECTIONAL: Window = (-1, -1)
 CAUSAL: Window = (-1, 0)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# Llama without the causal mask, as NVIDIA publishes and trains it
+LLAMA_BIDIREC = "llama_bidirec"
 ROPE_TYPES = ("default", "linear", "llama3")
 
 # keys of related architectures that change the arithmetic; their neutral values are harmless
@@ -37,6 +40,16 @@ _UNSUPPORTED_KEYS: dict[str, tuple] = {
     "clip_qkv": (None,),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
+}
+
+# classes of remote code that are a Llama without the causal mask, by auto class: LLM2Vec's, in merged saves, and
+# NVIDIA's, from its file on the hub or NeMo Automodel's; a repository may stand before each
+_KNOWN_CLASSES = {
+    "AutoModel": (
+        r"(McGill-NLP/[\w.-]+--)?modeling_llama_encoder\.LlamaEncoderModel",
+        r"(nvidia/[\w.-]+--)?(llama_bidirectional_)?model\.LlamaBidirectionalModel",
+    ),
+    "AutoConfig": (r"(nvidia/[\w.-]+--)?(llama_bidirectional_)?model\.LlamaBidirectionalConfig",),
 }
 
 # far beyond what exists, and small enough that a product of two is a tensor's size
@@ -139,13 +152,12 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def parse_config(values: dict) -> ModelConfig:
     """The `ModelConfig` of a configuration dictionary; raises ValueError naming the key that cannot be met."""
-    if values.get("auto_map"):
-        raise ValueError(
-            f"auto_map asks for remote code ({values['auto_map']}); bivec runs none, convert the checkpoint"
-        )
+    _check_remote_code(values.get("auto_map"))
     model_type = values.get("model_type")
+    if model_type == LLAMA_BIDIREC:
+        model_type = "llama"
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
+        raise ValueError(f"model_type must be one of {', '.join((*MODEL_TYPES, LLAMA_BIDIREC))}, got {model_type!r}")
     for key, neutral in _UNSUPPORTED_KEYS.items():
         if values.get(key) not in neutral:
             raise ValueError(f"{key} is not supported, got {values[key]!r:.80}")
@@ -187,6 +199,18 @@ def parse_config(values: dict) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_windows=_parse_sliding_windows(values, model_type, num_layers),
     )
+
+
+def _check_remote_code(auto_map: object) -> None:
+    """Refuse what only code beside the weights could compute; the known classes are computed here, no code is run."""
+    if not auto_map:
+        return
+    for kind, name in auto_map.items() if isinstance(auto_map, dict) else [("auto_map", auto_map)]:
+        known = _KNOWN_CLASSES.get(kind, ())
+        if not isinstance(name, str) or not any(re.fullmatch(pattern, name) for pattern in known):
+            raise ValueError(
+                f"auto_map asks for remote code ({kind}: {name!r:.80}); bivec runs none, convert the checkpoint"
+            )
 
 
 def _parse_rope(values: dict) -> Rope:

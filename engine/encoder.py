@@ -133,6 +133,7 @@ class Encoder:
             pools_special_tokens=run.pools_special_tokens if run else True,
             pools_prompt=run.pools_prompt if run else False,
             template=run.template if run else ("", ""),
+            counts_prompt_alone=run.counts_prompt_alone if run else False,
         )
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
@@ -169,6 +170,8 @@ class Encoder:
         """Which of a text's tokens its vector is made of."""
         if self._tokenizer.pools_prompt:
             return "all, a prompt's too"
+        if self._tokenizer.counts_prompt_alone:
+            return "all, or those after as many as the prompt has alone"
         return "all, or those after the prompt" if self._tokenizer.pools_special_tokens else "the text's"
 
     @property

@@ -95,7 +95,7 @@ def export(
         if prompts:
             write_json(folder / PROMPTS_FILE, {"prompts": prompts, "default_prompt_name": default_prompt})
         _write_modules(folder, config.hidden_size, run, max_length)
-        run.write(folder)
+        replace(run, counts_prompt_alone=False).write(folder)
         _write_weights(load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype]), folder)
 
 
@@ -114,6 +114,12 @@ def _exported_prompts(checkpoint: Checkpoint, run: RunDescription) -> tuple[dict
                 f"pooling 'weighted_mean' cannot be exported with the prompt {name!r} ({prompt!r}): "
                 "sentence-transformers' weights begin with the prompt's tokens, bivec's with the text's; use the model "
                 "as it is, or export it with another pooling"
+            )
+        if prompt and run.counts_prompt_alone and run.pooling != "last":
+            raise ValueError(
+                f"the prompt {name!r} ({prompt!r}) cannot be exported: as many tokens as it has alone are left out of "
+                "pooling, which are others in an exported tokenizer; use the model as it is, or export it with pooling "
+                "'last'"
             )
     return prompts, default
 

@@ -1,4 +1,4 @@
-"""JSON files of checkpoints, adapters and runs: one object a file, of bounded size and depth, errors that name it."""
+"""JSON files of checkpoints, adapters and runs: one value a file, of bounded size and depth, errors that name it."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,15 @@ def read_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is larger than 64 MiB, is not JSON in UTF-8, nests deeper than 64, or holds no object.
     """
+    return _read(path, dict, "object")
+
+
+def read_list(path: Path) -> list[Any]:
+    """The JSON array that a file holds; raises as `read_object`."""
+    return _read(path, list, "array")
+
+
+def _read(path: Path, kind: type, kind_name: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
@@ -27,8 +36,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} nests deeper than {_DEEPEST} levels") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    if not isinstance(values, kind):
+        raise ValueError(f"{path} must hold a JSON {kind_name}, got {type(values).__name__}")
     level: list[Any] = [values]
     for _ in range(_DEEPEST):
         level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]

@@ -11,9 +11,8 @@ import numpy as np
 
 from .checkpoints import Checkpoint
 from .json_files import read_object
+from .modules import MODULES_FILE, PROMPTS_FILE
 from .run_folder import RunDescription
-
-PROMPTS_FILE = "config_sentence_transformers.json"
 
 
 def as_prompt(instruction: str) -> str:
@@ -38,6 +37,8 @@ def model_prompts(checkpoint: Checkpoint) -> tuple[dict[str, str], str | None]:
 def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """Prompts by name and the default's name, from sentence-transformers' configuration where a folder has one."""
     path = folder / PROMPTS_FILE
+    if not path.is_file() and (folder.parent / MODULES_FILE).is_file():  # the transformer has a folder of its own
+        path = folder.parent / PROMPTS_FILE
     if not path.is_file():
         return {}, None
     values = read_object(path)

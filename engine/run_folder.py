@@ -31,6 +31,8 @@ class RunDescription:
         pooling: how a text's states become its vector.
         pools_special_tokens: whether BOS and the like are among them where there is no prompt.
         pools_prompt: whether a prompt's tokens, and BOS before them, are pooled with the text's.
+        counts_prompt_alone: whether, where they are not, as many tokens are left out as the prompt has alone, as
+            sentence-transformers does; else those before the text's first.
         normalize: whether every vector has length 1.
         instruction: put before a query, attended to and not pooled.
         symmetric_instruction: whether it is put before documents too.
@@ -51,6 +53,7 @@ class RunDescription:
     pools_prompt: bool = False
     normalize: bool = False
     template: tuple[str, str] = ("", "")
+    counts_prompt_alone: bool = False
 
     def write(self, folder: Path) -> None:
         """Write `bivec.json`, whole or not at all."""
@@ -87,7 +90,8 @@ class RunDescription:
                 raise ValueError(f"{path}: earlier must name folders within the run's, got {name!r}")
         if not isinstance(self.instruction, str) or not isinstance(self.base_model, str | None):
             raise ValueError(f"{path}: base_model and instruction must be strings")
-        for key in ("symmetric_instruction", "pools_special_tokens", "pools_prompt", "normalize"):
+        pooled = ("pools_special_tokens", "pools_prompt", "counts_prompt_alone")
+        for key in ("symmetric_instruction", "normalize", *pooled):
             if not isinstance(value := getattr(self, key), bool):
                 raise ValueError(f"{path}: {key} must be true or false, got {value!r:.80}")
         if self.pools_prompt and not self.pools_special_tokens:

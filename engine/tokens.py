@@ -22,6 +22,7 @@ import tokenizers
 import transformers
 
 from .json_files import read_object
+from .modules import MAX_LENGTH_FILE, MODULES_FILE
 
 # what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
 TOKENIZER_FILES = (
@@ -29,7 +30,6 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
 )
 
-MAX_LENGTH_FILE = "sentence_bert_config.json"
 _MAX_LENGTH = 512
 
 # a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
@@ -65,6 +65,8 @@ class TextTokenizer:
         pools_prompt: whether it begins with BOS where there is a prompt, too.
         template: strings before the prompt and after the text, whose trailing white space is then left out; what stands
             after the text is pooled with it.
+        counts_prompt_alone: whether it leaves out as many tokens as the prompt has alone, not those before the text's
+            first.
     Raises:
         ValueError: it has no fast form, or `max_length` leaves no room for a token of a text beside the special ones.
     """
@@ -77,6 +79,7 @@ class TextTokenizer:
         pools_special_tokens: bool = True,
         pools_prompt: bool = False,
         template: tuple[str, str] = ("", ""),
+        counts_prompt_alone: bool = False,
     ):
         backend = getattr(hugging_face, "backend_tokenizer", None)
         if backend is None:
@@ -94,6 +97,7 @@ class TextTokenizer:
         self.hugging_face = hugging_face
         self.max_length = max_length
         self.pools_special_tokens, self.pools_prompt = pools_special_tokens, pools_prompt
+        self.counts_prompt_alone = counts_prompt_alone
         self._backend.enable_truncation(max_length)
         self._backend.encode_special_tokens = True
         self._cuts_before_spaces = _cuts_before_spaces(self._backend)
@@ -110,6 +114,8 @@ class TextTokenizer:
     def _tokenize(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         results: list[Tokenized | Rejected | None] = [_reject(text, p) for text, p in zip(texts, prompts, strict=True)]
         good = [i for i, result in enumerate(results) if result is None]
+        asked = {prompts[i] for i in good} if self.counts_prompt_alone else set()
+        lengths = {prompt: self._count_alone(prompt) for prompt in asked}
         num_characters = _PREFIX_CHARACTERS * self.max_length
         while good:
             whole = [self._before + prompts[i] + self._stripped(texts[i]) + self._after for i in good]
@@ -128,7 +134,7 @@ class TextTokenizer:
                     if end < len(text) and len(encoding.ids) < self.max_length:
                         again.append(i)
                     else:
-                        results[i] = self._locate(encoding, texts[i], prompts[i])
+                        results[i] = self._locate(encoding, texts[i], prompts[i], lengths.get(prompts[i], 0))
             good = again
             num_characters *= 4
         return [result for result in results if result is not None]
@@ -147,7 +153,9 @@ class TextTokenizer:
             num_characters *= 4
         return len(text)
 
-    def _locate(self, encoding: tokenizers.Encoding, text: str, prompt: str) -> Tokenized | Rejected:
+    def _locate(
+        self, encoding: tokenizers.Encoding, text: str, prompt: str, prompt_length: int
+    ) -> Tokenized | Rejected:
         ids = encoding.ids
         # where there was no room for a token of its own, a text is not merely empty
         around = ids if len(ids) < self.max_length and not text.strip() else None
@@ -155,6 +163,11 @@ class TextTokenizer:
             if ids:
                 return Tokenized(ids, 0)
             return Rejected("the text is empty and the tokenizer adds no token of its own", around)
+        if self.counts_prompt_alone and prompt:
+            if prompt_length < len(ids):
+                return Tokenized(ids, prompt_length)
+            reason = f"no token of {len(ids)} is left after the prompt's {prompt_length} (max_length {self.max_length})"
+            return Rejected(reason, around)
         ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
         before = self._before + prompt
         if self._stripped(text) and max(ends, default=0) > len(before):
@@ -163,6 +176,11 @@ class TextTokenizer:
         return Rejected(
             f"no token of the text is left after the {left} ({len(ids)} tokens, max_length {self.max_length})", around
         )
+
+    def _count_alone(self, prompt: str) -> int:
+        """Tokens of a prompt, as sentence-transformers counts them: all but a special one at the end."""
+        ids = self._backend.encode(prompt).ids
+        return len(ids) - (bool(ids) and ids[-1] in self.hugging_face.all_special_ids)
 
 
 def _put_around(backend: tokenizers.Tokenizer, template: tuple[str, str]) -> tuple[str, str]:
@@ -250,16 +268,19 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
 
 
 def own_max_length(folder: Path) -> int:
-    """Tokens a text is cut to where nobody says: what a folder in sentence-transformers' layout says, else 512."""
-    path = folder / MAX_LENGTH_FILE
-    if not path.is_file():
-        return _MAX_LENGTH
-    found = read_object(path).get("max_seq_length")
-    if found is None:
-        return _MAX_LENGTH
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(f"{path}: max_seq_length must be a number of tokens, got {found!r:.80}")
-    return found
+    """Tokens a text is cut to where nobody says: what a folder in sentence-transformers' layout says, else 512.
+
+    There it is the tokenizer's `model_max_length` where `max_seq_length` does not stand, which may be beyond any model.
+    """
+    if (folder / MAX_LENGTH_FILE).is_file() or (folder / MODULES_FILE).is_file():
+        for name, key in ((MAX_LENGTH_FILE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+            path = folder / name
+            found = read_object(path).get(key) if path.is_file() else None
+            if isinstance(found, bool) or not isinstance(found, int | None) or (found is not None and found < 1):
+                raise ValueError(f"{path}: {key} must be a number of tokens, got {found!r:.80}")
+            if found is not None:
+                return found
+    return _MAX_LENGTH
 
 
 def _reject(text: str, prompt: str) -> Rejected | None:

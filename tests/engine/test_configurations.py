@@ -33,7 +33,7 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gemma'"),
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3, llama_bidirec, got 'gemma'"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be one of .* got 'yarn'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type must be one of .* got 'longrope'"),

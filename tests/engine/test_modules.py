@@ -1,0 +1,488 @@
+"""Models as sentence-transformers and NVIDIA publish them have the vectors that their own files say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bivec import Encoder
+from bivec.engine.export import export
+from bivec.engine.run_folder import RunDescription
+
+TEXTS = [
+    *(
+        "the quick brown fox jumps",
+        "7 foxes in 2026",
+        " two spaces",
+        "München, naïve café",
+        "北京 is large",
+        ": so it is",
+    ),
+    "many sequences side by side " * 9,
+]
+PROMPTS = {"query": "find: ", "document": "passage:", "none": ""}
+MODES = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last", "cls": "first"}
+LEGACY = {"mean": "mean_tokens", "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken", "cls": "cls_token"}
+
+MODELS = "sentence_transformers.models."
+TYPES = {
+    "legacy": {kind: MODELS + kind for kind in ("Transformer", "Pooling", "Normalize")},
+    "files": {kind: f"{MODELS}{kind}.{kind}" for kind in ("Transformer", "Pooling", "Normalize")},
+    "version 5.4": {
+        "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+        "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "Normalize": "sentence_transformers.sentence_transformer.modules.normalize.Normalize",
+    },
+    "version 6": {
+        "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+        "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    },
+}
+NVIDIA = {
+    "AutoConfig": "llama_bidirectional_model.LlamaBidirectionalConfig",
+    "AutoModel": "llama_bidirectional_model.LlamaBidirectionalModel",
+}
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON object; None takes one away."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def write_modules(
+    folder: Path,
+    spelling: str = "version 6",
+    mode: str = "mean",
+    include_prompt: bool | None = None,
+    normalize: bool = False,
+    transformer: str = "",
+) -> Path:
+    """sentence-transformers' files in one of its spellings, for a model of width 64."""
+    kinds = ["Transformer", "Pooling", *["Normalize"] * normalize]
+    paths = [transformer, *(f"{place}_{kind}" for place, kind in enumerate(kinds) if place)]
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": TYPES[spelling][kind]}
+        for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    write_json(folder / "modules.json", modules)
+    if spelling in ("legacy", "files"):
+        pooling = {"word_embedding_dimension": 64} | {f"pooling_mode_{LEGACY[key]}": key == mode for key in MODES}
+        write_json(folder / transformer / "sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": False})
+    else:
+        pooling = {"embedding_dimension": 64, "pooling_mode": mode}
+        read = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+        values = {"transformer_task": "feature-extraction", "modality_config": read}
+        write_json(
+            folder / transformer / "sentence_bert_config.json", values | {"module_output_name": "token_embeddings"}
+        )
+        edit_json(folder / transformer / "tokenizer_config.json", model_max_length=40)
+        if normalize:
+            write_json(folder / "2_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+    included = {} if include_prompt is None else {"include_prompt": include_prompt}
+    write_json(folder / "1_Pooling" / "config.json", pooling | included)
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    return folder
+
+
+def theirs(
+    model, folder: Path, mode: str, prompt: str = "", *, include_prompt: bool = True, max_length: int = 40
+) -> np.ndarray:
+    """Vectors of `TEXTS` by transformers over a padded batch, pooled one by one: what modules.json asks for."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    rows = [tokenizer(prompt + text, truncation=True, max_length=max_length)["input_ids"] for text in TEXTS]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = 1
+    with torch.no_grad():
+        states = model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
+    begin = 0 if include_prompt or not prompt else len(tokenizer(prompt)["input_ids"])
+    weights = torch.arange(1.0, ids.shape[1] + 1)
+    vectors = []
+    for place, row in enumerate(rows):
+        pooled = states[place, begin : len(row)]
+        weighted = (pooled * weights[: len(pooled), None]).sum(0) / weights[: len(pooled)].sum()
+        vectors.append(
+            {"mean": pooled.mean(0), "weightedmean": weighted, "lasttoken": pooled[-1], "cls": pooled[0]}[mode]
+        )
+    return torch.stack(vectors).numpy()
+
+
+def by_transformers(folder: Path):
+    return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def load(folder: Path, **arguments) -> Encoder:
+    return Encoder.from_pretrained(folder, dtype="float32", **arguments)
+
+
+def assert_near(ours: np.ndarray, expected: np.ndarray) -> None:
+    """Each vector differs by at most a hundred thousandth of its length."""
+    assert (np.linalg.norm(ours - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spelling", TYPES)
+def test_every_spelling_and_pooling(fresh_llama_folder, spelling, mode):
+    folder = write_modules(fresh_llama_folder, spelling, mode, normalize=mode == "mean")
+    encoder = load(folder)
+    assert (encoder.pooling, encoder.normalize, encoder.max_length) == (MODES[mode], mode == "mean", 40)
+    assert (encoder.prompts, encoder.default_prompt_name) == (PROMPTS, None)
+    expected = theirs(by_transformers(folder), folder, mode)
+    if mode == "mean":
+        expected = expected / np.linalg.norm(expected, axis=-1, keepdims=True)
+    assert_near(encoder.encode(TEXTS), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("include_prompt", [None, True, False])
+def test_prompts_are_pooled_as_the_files_say(fresh_llama_folder, include_prompt, mode):
+    """By default they are; where not, as many tokens are left out as the prompt has alone."""
+    folder = write_modules(fresh_llama_folder, "version 6", mode, include_prompt)
+    if mode == "weightedmean" and include_prompt is False:
+        with pytest.raises(ValueError, match=r"1_Pooling/config.json: pooling_mode 'weightedmean' with include_prompt"):
+            load(folder)
+        return
+    encoder, model = load(folder), by_transformers(folder)
+    for name, prompt in PROMPTS.items():
+        expected = theirs(model, folder, mode, prompt, include_prompt=include_prompt is not False)
+        assert_near(encoder.encode(TEXTS, prompt_name=name), expected)
+
+
+def test_a_text_that_the_count_leaves_nothing_of_is_named(fresh_llama_folder):
+    """The prompt has a space alone that a single token of a text would have joined."""
+    encoder = load(write_modules(fresh_llama_folder, include_prompt=False))
+    with pytest.raises(
+        ValueError, match=r"sentences\[0\] cannot be embedded: no token of \d is left after the prompt's"
+    ):
+        encoder.encode(["dog"], prompt_name="query")
+    assert not encoder.encode([""], prompt_name="query").any()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_the_mask_is_what_transformers_makes_of_the_configuration(
+    checkpoint_folders, tmp_path, architecture, is_causal
+):
+    folder = shutil.copytree(checkpoint_folders[architecture], tmp_path / "model")
+    edit_json(folder / "config.json", is_causal=is_causal)
+    write_modules(folder, mode="lasttoken")
+    encoder = load(folder)
+    causal = is_causal is not False
+    assert encoder.windows == (encoder.config.causal_windows if causal else encoder.config.bidirectional_windows)
+    assert encoder.describe()["encoding"]["mask"].startswith("causal" if causal else "bidirectional")
+    assert_near(encoder.encode(TEXTS), theirs(by_transformers(folder), folder, "lasttoken"))
+
+
+def test_what_transformers_ignores_makes_nothing_bidirectional(fresh_llama_folder):
+    edit_json(fresh_llama_folder / "config.json", use_bidirectional_attention=True)
+    folder = write_modules(fresh_llama_folder)
+    encoder = load(folder)
+    assert encoder.windows == encoder.config.causal_windows
+    assert_near(encoder.encode(TEXTS), theirs(by_transformers(folder), folder, "mean"))
+
+
+def test_a_bare_checkpoint_is_made_bidirectional(fresh_llama_folder):
+    encoder = load(fresh_llama_folder)
+    assert encoder.checkpoint.run is None
+    assert encoder.windows == encoder.config.bidirectional_windows
+    assert load(write_modules(fresh_llama_folder), window=(-1, -1)).windows == encoder.windows
+
+
+def test_the_length_is_the_files(fresh_llama_folder):
+    """`max_seq_length`, else the tokenizer's own, else the model's positions."""
+    folder = write_modules(fresh_llama_folder, "legacy")
+    edit_json(folder / "tokenizer_config.json", model_max_length=30)
+    assert load(folder).max_length == 40
+    edit_json(folder / "sentence_bert_config.json", max_seq_length=None)
+    assert load(folder).max_length == 30
+    assert_near(load(folder).encode(TEXTS), theirs(by_transformers(folder), folder, "mean", max_length=30))
+    edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
+    assert load(folder).max_length == 256
+
+
+def test_the_transformer_may_have_a_folder_of_its_own(make_checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    inner = make_checkpoint(folder / "0_Transformer")
+    write_modules(folder, "legacy", "cls", transformer="0_Transformer")
+    encoder = load(folder)
+    assert (encoder.checkpoint.base, encoder.prompts, encoder.max_length) == (inner, PROMPTS, 40)
+    assert_near(encoder.encode(TEXTS), theirs(by_transformers(inner), inner, "cls"))
+
+
+@pytest.mark.parametrize("is_causal", [None, False])
+def test_an_adapter_with_modules_has_its_bases_mask(fresh_llama_folder, make_adapter, tmp_path, is_causal):
+    """As sentence-transformers saves a model with an adapter: neither base nor configuration are in the folder."""
+    edit_json(fresh_llama_folder / "config.json", is_causal=is_causal)
+    folder = make_adapter(fresh_llama_folder, tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(fresh_llama_folder / name, folder)
+    write_modules(folder, mode="lasttoken", normalize=True)
+    encoder = load(folder)
+    assert (encoder.checkpoint.base, encoder.checkpoint.adapters) == (fresh_llama_folder, (folder,))
+    model = by_transformers(fresh_llama_folder)
+    model.load_adapter(str(folder))
+    expected = theirs(model, folder, "lasttoken")
+    assert_near(encoder.encode(TEXTS), expected / np.linalg.norm(expected, axis=-1, keepdims=True))
+
+
+def test_an_adapter_on_such_a_model_is_described_by_its_base(fresh_llama_folder, make_adapter, tmp_path):
+    write_modules(fresh_llama_folder, mode="lasttoken")
+    folder = make_adapter(fresh_llama_folder, tmp_path / "adapter")
+    encoder = load(folder)
+    assert (encoder.pooling, encoder.windows) == ("last", encoder.config.causal_windows)
+    RunDescription("supervised", str(fresh_llama_folder), pooling="mean").write(folder)  # as `bivec train` leaves it
+    encoder = load(folder)
+    assert (encoder.pooling, encoder.windows) == ("mean", encoder.config.bidirectional_windows)
+    assert not encoder.checkpoint.run.pools_prompt
+
+
+def test_an_export_says_itself_how_its_vectors_are_made(tiny_llama_folder, tmp_path):
+    """Its modules.json is for others; its prompts end where the text begins, also where a reader would count them."""
+    export(tiny_llama_folder, tmp_path / "out", dtype="float32")
+    write_json(tmp_path / "out" / "modules.json", "not for bivec")
+    source, exported = load(tiny_llama_folder), load(tmp_path / "out")
+    assert exported.checkpoint.run.stage == "export"
+    assert np.array_equal(exported.encode(TEXTS, prompt="find: "), source.encode(TEXTS, prompt="find: "))
+
+
+def test_such_a_model_is_exported(fresh_llama_folder, tmp_path):
+    edit_json(fresh_llama_folder / "config.json", is_causal=False)
+    folder = write_modules(fresh_llama_folder, include_prompt=True, normalize=True)
+    export(folder, tmp_path / "out", dtype="float32")
+    source, exported = load(folder), load(tmp_path / "out")
+    for name in PROMPTS:
+        assert np.array_equal(exported.encode(TEXTS, prompt_name=name), source.encode(TEXTS, prompt_name=name))
+    write_modules(fresh_llama_folder, include_prompt=False)
+    with pytest.raises(ValueError, match=r"the prompt 'query' .* cannot be exported: as many tokens as it has"):
+        export(folder, tmp_path / "other")
+    edit_json(fresh_llama_folder / "config.json", is_causal=None)
+    with pytest.raises(ValueError, match="only a bidirectional model can be exported"):
+        export(folder, tmp_path / "other")
+
+
+@pytest.fixture
+def library():
+    return pytest.importorskip("sentence_transformers", reason="package sentence-transformers is not installed")
+
+
+def saved_by(library, base: Path, folder: Path, mode: str, include_prompt: bool, normalize: bool = False):
+    """A model that sentence-transformers saved, as it is in memory there."""
+    modules = library.sentence_transformer.modules
+    transformer = modules.Transformer(
+        str(base), model_kwargs={"dtype": torch.float32}, processor_kwargs={"model_max_length": 40}
+    )
+    transformer.tokenizer.pad_token = "</s>"
+    parts = [transformer, modules.Pooling(64, mode, include_prompt=include_prompt), *[modules.Normalize()] * normalize]
+    model = library.SentenceTransformer(modules=parts, device="cpu", prompts=PROMPTS)
+    model.save(str(folder), create_model_card=False)
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("include_prompt", "normalize", "causal"), [(True, False, True), (False, True, False)])
+def test_saves_of_sentence_transformers(fresh_llama_folder, library, tmp_path, mode, include_prompt, normalize, causal):
+    edit_json(fresh_llama_folder / "config.json", is_causal=causal)
+    include_prompt = include_prompt or mode == "weightedmean"
+    peer = saved_by(library, fresh_llama_folder, tmp_path / "saved", mode, include_prompt, normalize)
+    encoder = load(tmp_path / "saved")
+    assert (encoder.max_length, encoder.normalize) == (40, normalize)
+    for name, prompt in PROMPTS.items():
+        assert encoder.prompts[name] == prompt
+        assert_near(encoder.encode(TEXTS, prompt_name=name), peer.encode(TEXTS, prompt_name=name))
+    for method in ("encode", "encode_query", "encode_document"):
+        assert_near(getattr(encoder, method)(TEXTS), getattr(peer, method)(TEXTS))
+
+
+def test_a_save_with_an_adapter(fresh_llama_folder, library, make_adapter, tmp_path):
+    """The adapter's files instead of the transformer's."""
+    saved_by(library, fresh_llama_folder, tmp_path / "saved", "lasttoken", True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "saved" / name).unlink()
+    make_adapter(fresh_llama_folder, tmp_path / "saved")
+    encoder = load(tmp_path / "saved")
+    assert encoder.checkpoint.adapters == (tmp_path / "saved",)
+    peer = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu", model_kwargs={"dtype": torch.float32})
+    assert_near(encoder.encode(TEXTS), peer.encode(TEXTS))
+
+
+def nvidia(folder: Path, **changes) -> Path:
+    """A Llama as NVIDIA publishes its encoders: a type of its own, and no prefix before its tensors' names."""
+    plain = {"architectures": ["LlamaBidirectionalModel"], "temperature": 0.02, "auto_map": NVIDIA}
+    edit_json(folder / "config.json", model_type="llama_bidirec", **plain | changes)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def bidirectional(folder: Path):
+    """transformers' Llama of the same weights, without the causal mask."""
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.is_causal = False
+    return transformers.LlamaModel.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("pooling", "mode"), [("avg", "mean"), (None, "mean"), ("last", "lasttoken"), ("cls", "cls")])
+def test_llama_bidirec(fresh_llama_folder, pooling, mode):
+    """Its pooling takes all tokens, a prompt's too."""
+    folder = nvidia(fresh_llama_folder, pooling=pooling)
+    encoder, model = load(folder, max_length=40), bidirectional(folder)
+    assert encoder.windows == encoder.config.bidirectional_windows
+    assert encoder.pooling == MODES[mode]
+    for prompt in ("", "query: "):
+        assert_near(encoder.encode(TEXTS, prompt=prompt), theirs(model, folder, mode, prompt))
+
+
+@pytest.mark.parametrize(
+    "auto_map",
+    [
+        None,
+        {name: value.replace("llama_bidirectional_model", "model") for name, value in NVIDIA.items()},
+        {name: f"nvidia/llama-nemotron-embed-1b-v2--{value}" for name, value in NVIDIA.items()},
+    ],
+)
+def test_llama_bidirec_with_modules(fresh_llama_folder, auto_map):
+    """Which say more than its configuration."""
+    folder = write_modules(nvidia(fresh_llama_folder, pooling="last", auto_map=auto_map), normalize=True)
+    encoder = load(folder)
+    assert (encoder.pooling, encoder.normalize) == ("mean", True)
+    expected = theirs(bidirectional(folder), folder, "mean", PROMPTS["query"])
+    expected = expected / np.linalg.norm(expected, axis=-1, keepdims=True)
+    assert_near(encoder.encode(TEXTS, prompt_name="query"), expected)
+
+
+def test_merged_saves_of_llm2vec(fresh_llama_folder):
+    """Its class is a Llama without the causal mask; with modules.json, too."""
+    auto_map = {"AutoModel": "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp--modeling_llama_encoder.LlamaEncoderModel"}
+    edit_json(fresh_llama_folder / "config.json", auto_map=auto_map)
+    expected = theirs(bidirectional(fresh_llama_folder), fresh_llama_folder, "mean")
+    assert_near(load(fresh_llama_folder, max_length=40).encode(TEXTS), expected)
+    assert_near(load(write_modules(fresh_llama_folder)).encode(TEXTS), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling": "weighted_avg"}, "pooling must be one of avg, last, cls, got 'weighted_avg'"),
+        ({"pooling": ["avg"]}, r"pooling must be one of avg, last, cls, got \['avg'\]"),
+        ({"auto_map": {"AutoModel": "modeling_evil.Evil"}}, r"remote code \(AutoModel: 'modeling_evil.Evil'\)"),
+        ({"auto_map": NVIDIA | {"AutoModel": "evil/x--model.LlamaBidirectionalModel"}}, "asks for remote code"),
+        ({"auto_map": NVIDIA | {"AutoModelForSequenceClassification": "x.Y"}}, "AutoModelForSequenceClassification"),
+        ({"auto_map": {"AutoModel": ["modeling_llama_encoder.LlamaEncoderModel"]}}, "asks for remote code"),
+        ({"auto_map": "modeling_llama_encoder.LlamaEncoderModel"}, "asks for remote code"),
+    ],
+)
+def test_what_llama_bidirec_may_not_ask_is_refused(fresh_llama_folder, changes, message):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        load(nvidia(fresh_llama_folder, **changes))
+
+
+def entry(kind: object, path: object = "") -> dict:
+    return {"idx": 0, "name": "0", "path": path, "type": kind}
+
+
+PARTS = [entry(MODELS + "Transformer"), entry(MODELS + "Pooling", "1_Pooling")]
+DENSE = entry("sentence_transformers.base.modules.dense.Dense", "2_Dense")
+MODULES, POOLING = "modules.json", "1_Pooling/config.json"
+TRANSFORMER, MODEL = "sentence_bert_config.json", "config_sentence_transformers.json"
+CHAT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}, "message": {"method": "forward"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (MODULES, {}, "must hold a JSON array, got dict"),
+        (MODULES, ["Transformer"], "each module must have a type and a path, got 'Transformer'"),
+        (MODULES, [{"type": 3, "path": ""}], "each module must have a type and a path"),
+        (MODULES, [entry(MODELS + "Transformer", None)], "each module must have a type and a path"),
+        (MODULES, [*PARTS, DENSE], r"the module '.*dense\.Dense' is not computed, .*; use the model with sentence-tr"),
+        (MODULES, [entry("custom_st.Transformer"), PARTS[1]], "the module 'custom_st.Transformer' is not computed"),
+        (MODULES, [entry("sentence_transformers.models.Evil.Pooling"), PARTS[1]], "Evil.Pooling' is not computed"),
+        (MODULES, [entry(MODELS + "Router"), PARTS[1]], "Router' is not computed"),
+        (MODULES, [], "in this order, got none"),
+        (MODULES, PARTS[:1], "in this order, got Transformer$"),
+        (MODULES, PARTS[::-1], "in this order, got Pooling, Transformer"),
+        (MODULES, [PARTS[0], entry(MODELS + "Pooling", "../1_Pooling")], "within the model's, got '../1_Pooling'"),
+        (MODULES, [entry(MODELS + "Transformer", "/etc"), PARTS[1]], "within the model's, got '/etc'"),
+        (MODULES, [entry(MODELS + "Transformer", "C:\\x"), PARTS[1]], "within the model's"),
+        (POOLING, None, "does not exist"),
+        (POOLING, [], "must hold a JSON object, got list"),
+        (POOLING, {"pooling_mode": "max"}, "pooling_mode must be one of mean, weightedmean, .* got 'max'"),
+        (POOLING, {"pooling_mode": ["mean", "cls"]}, r"pooling_mode must be one of .* got \['mean', 'cls'\]"),
+        (POOLING, {"pooling_mode_mean_sqrt_len_tokens": True}, "pooling_mode must be .* got 'mean_sqrt_len_tokens'"),
+        (POOLING, {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}, r"got \['cls', 'max'\]"),
+        (POOLING, {"pooling_mode_mean_tokens": 1}, "pooling_mode_mean_tokens must be true or false, got 1"),
+        (POOLING, {"include_prompt": "no"}, "include_prompt must be true or false, got 'no'"),
+        (POOLING, {"embedding_dimension": "64"}, "embedding_dimension must be one number, got '64'"),
+        (POOLING, {"embedding_dimension": 64, "word_embedding_dimension": 32}, "must be one number, got 32"),
+        (POOLING, {"pooling_mode_new": True}, "pooling_mode_new is not known, got True"),
+        ("2_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is not supported"),
+        (TRANSFORMER, {"do_lower_case": True}, "do_lower_case is not supported, got True"),
+        (TRANSFORMER, {"transformer_task": "fill-mask"}, "transformer_task is not supported, got 'fill-mask'"),
+        (TRANSFORMER, {"modality_config": CHAT}, "modality_config is not supported"),
+        (TRANSFORMER, {"query_length": 32}, "query_length is not supported, got 32"),
+        (TRANSFORMER, {"model_args": {"rope_scaling": {}}}, "model_args is not supported, got 'rope_scaling' there"),
+        (TRANSFORMER, {"model_kwargs": "dtype"}, "model_kwargs must be an object, got 'dtype'"),
+        (TRANSFORMER, {"max_seq_length": -1}, "max_seq_length must be a number of tokens, got -1"),
+        (TRANSFORMER, {"method": "forward"}, "method is not known, got 'forward'"),
+        ("tokenizer_config.json", {"model_max_length": "40"}, "model_max_length must be a number of tokens, got '40'"),
+        (MODEL, {"model_type": "SparseEncoder"}, "model_type must be SentenceTransformer, got 'SparseEncoder'"),
+        (MODEL, {"truncate_dim": 32}, "truncate_dim is not applied .*; remove it there and give it to encode"),
+        ("config.json", {"is_causal": 0}, "is_causal must be true or false, got 0"),
+    ],
+)
+def test_what_is_wrong_or_not_computed_is_named(fresh_llama_folder, name, value, message):
+    write_modules(fresh_llama_folder, normalize=True)
+    path = fresh_llama_folder / name
+    if value is None:
+        path.unlink()
+    elif name in ("config.json", "tokenizer_config.json"):
+        edit_json(path, **value)
+    else:
+        write_json(path, value)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as found:
+        load(fresh_llama_folder)
+    assert name in str(found.value)
+
+
+def test_another_width_is_named(fresh_llama_folder):
+    write_modules(fresh_llama_folder)
+    edit_json(fresh_llama_folder / POOLING, embedding_dimension=128)
+    with pytest.raises(ValueError, match=r"embedding_dimension is 128, but hidden_size in .*config\.json is 64"):
+        load(fresh_llama_folder)
+
+
+@pytest.mark.parametrize("name", [MODULES, POOLING, TRANSFORMER, MODEL])
+def test_a_truncated_file_is_named(fresh_llama_folder, name):
+    path = write_modules(fresh_llama_folder) / name
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(ValueError, match=rf"{path} is not valid JSON"):
+        load(fresh_llama_folder)
+
+
+def test_a_hub_snapshot_is_links_to_files(fresh_llama_folder, tmp_path):
+    write_modules(fresh_llama_folder)
+    snapshot = tmp_path / "snapshots" / "0"
+    for path in [path for path in fresh_llama_folder.rglob("*") if path.is_file()]:
+        link = snapshot / path.relative_to(fresh_llama_folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert np.array_equal(load(snapshot).encode(TEXTS), load(fresh_llama_folder).encode(TEXTS))
