@@ -93,20 +93,24 @@ class Encoder:
     ) -> "Encoder":
         """Load a model from the hub or a folder, make it bidirectional, merge its adapters, and test its mask.
 
+        A folder in sentence-transformers' layout says itself which mask and pooling it has, and keeps them.
+
         Args:
             model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter
                 of one, or of a run of `bivec train`; default the small demonstration encoder that comes with bivec.
             adapters: further LoRA adapters or runs, merged in this order; a run brings the adapters that it stands on.
-            pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the run's, else `mean`.
+            pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the model's own, else
+                `mean`.
             max_length: tokens a text is cut to, special tokens included, never more than the model has positions;
-                default the `max_seq_length` of a folder in sentence-transformers' layout, else 512.
+                default the `max_seq_length` of a folder in sentence-transformers' layout, or its tokenizer's
+                `model_max_length`, else 512.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto`, `triton` (bivec's kernel), `varlen` (torch's FlashAttention), `flash` (the flash-attn
                 package's) or `sdpa` (torch's over texts of one length). `auto` is on CUDA what was measured to be
                 fastest on such a GPU, bivec's kernel where nothing was, and on the CPU `sdpa`.
             revision, token, cache_dir, local_files_only: as in huggingface_hub; `revision` is `model`'s.
-            window: which tokens see which, `(left, right)` with -1 for all; default the run's, else `(-1, -1)`,
+            window: which tokens see which, `(left, right)` with -1 for all; default the model's own, else `(-1, -1)`,
                 bidirectional. `(-1, 0)` is causal.
         Raises:
             ValueError, FileNotFoundError: naming the file or argument and what was expected.

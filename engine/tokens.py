@@ -21,6 +21,7 @@ from typing import NamedTuple
 import tokenizers
 import transformers
 
+from .config import LLAMA_BIDIREC
 from .json_files import read_object
 from .modules import MAX_LENGTH_FILE, MODULES_FILE
 
@@ -254,7 +255,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
+            str(folder), config=_known_kind(Path(folder)), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises nothing narrower, for a file newer than itself too
         reason = " ".join(str(error).split())
@@ -265,6 +266,13 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token id {largest}, but the model has {vocab_size} embeddings")
     return tokenizer
+
+
+def _known_kind(folder: Path) -> transformers.LlamaConfig | None:
+    """A Llama's where `config.json` names one that transformers does not know, which would warn of it."""
+    path = folder / "config.json"
+    is_unknown = path.is_file() and read_object(path).get("model_type") == LLAMA_BIDIREC
+    return transformers.LlamaConfig() if is_unknown else None
 
 
 def own_max_length(folder: Path) -> int:

@@ -92,8 +92,9 @@ class Trainee:
 
     def _save_checkpoint(self, folder: Path) -> None:
         values = read_object(self.checkpoint.base / "config.json")
-        values.pop("torch_dtype", None)
-        values["dtype"] = "float32"
+        for key in ("torch_dtype", "auto_map"):  # the code that it names is not copied
+            values.pop(key, None)
+        values |= {"dtype": "float32", "model_type": self.config.model_type}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(self.checkpoint.tokenizer, folder)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.network.named_parameters()}

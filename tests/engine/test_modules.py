@@ -351,6 +351,13 @@ def test_llama_bidirec(fresh_llama_folder, pooling, mode):
         assert_near(encoder.encode(TEXTS, prompt=prompt), theirs(model, folder, mode, prompt))
 
 
+def test_its_tokenizer_is_a_llamas(tiny_llama_folder, fresh_llama_folder, caplog):
+    """Though transformers knows no such type, and would say so."""
+    ours = load(nvidia(fresh_llama_folder)).tokenizer
+    assert type(ours) is type(load(tiny_llama_folder).tokenizer)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "auto_map",
     [

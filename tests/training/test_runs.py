@@ -211,3 +211,30 @@ def test_a_broken_description_is_named(make_settings, chain, tmp_path, change, m
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Encoder.from_pretrained(tmp_path / "broken")
+
+
+def test_a_run_on_a_published_model_says_itself_how_its_vectors_are_made(make_settings, fresh_llama_folder, tmp_path):
+    """Whatever modules.json says of the base: the run was trained with a mask and a pooling of its own."""
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (fresh_llama_folder / "modules.json").write_text(json.dumps(modules))
+    (fresh_llama_folder / "1_Pooling").mkdir()
+    (fresh_llama_folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "lasttoken"}))
+    train(make_settings("simcse", model=str(fresh_llama_folder), output=str(tmp_path / "run"), max_steps=1))
+    base, run = (Encoder.from_pretrained(path, dtype="float32") for path in (fresh_llama_folder, tmp_path / "run"))
+    assert (base.pooling, base.normalize, base.windows) == ("last", True, base.config.causal_windows)
+    assert (run.pooling, run.normalize, run.windows) == ("mean", False, run.config.bidirectional_windows)
+    assert run.pooled == "all, or those after the prompt"
+
+
+def test_all_weights_of_nvidias_llama_are_a_llamas(make_settings, fresh_llama_folder, tmp_path):
+    path = fresh_llama_folder / "config.json"
+    auto_map = {"AutoModel": "llama_bidirectional_model.LlamaBidirectionalModel"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama_bidirec", "auto_map": auto_map}))
+    output = tmp_path / "run"
+    train(make_settings("simcse", model=str(fresh_llama_folder), output=str(output), max_steps=1, full_finetuning=True))
+    written = json.loads((output / "config.json").read_text())
+    assert written["model_type"] == "llama"
+    assert "auto_map" not in written
+    assert transformers.AutoModel.from_pretrained(output).config.model_type == "llama"
+    assert Encoder.from_pretrained(output, dtype="float32").pooled == "all, or those after the prompt"
