@@ -52,6 +52,8 @@ def test_every_architecture_says_its_own_shape(checkpoint_folders, tmp_path, arc
     expected = transformers_means(base, is_causal=False)
     assert np.abs(transformers_means(tmp_path / "out") - expected).max() < 1e-5
     assert np.abs(Encoder.from_pretrained(tmp_path / "out", dtype="float32").encode(TEXTS) - expected).max() < 1e-5
+    change(tmp_path / "out", layer_types=None)  # as for readers that know max_window_layers alone
+    assert load_config(tmp_path / "out") == load_config(base)
 
 
 @pytest.mark.parametrize("rope", ROPES)

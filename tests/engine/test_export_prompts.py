@@ -98,6 +98,73 @@ def test_a_runs_instruction_is_the_peers_prompt(family_folder, peer, tmp_path, s
         assert_near(getattr(theirs, method)(TEXTS), expected)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "qwen-3"])
+def test_a_model_that_pools_its_prompts_is_exported_as_one(family_folder, peer, tmp_path, family, pooling):
+    """Weights of a weighted mean begin at the prompt's first token then, there and here."""
+    folder = family_folder(family)
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS | {"line": "find:\n"}}))
+    RunDescription("published", None, pooling=pooling, pools_prompt=True).write(folder)
+    source = Encoder.from_pretrained(folder, dtype="float32", max_length=32)
+    export(folder, tmp_path / "out", max_length=32, dtype="float32")
+    exported, theirs = Encoder.from_pretrained(tmp_path / "out", dtype="float32"), peer(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())["include_prompt"] is True
+    assert (exported.checkpoint.run.pools_prompt, exported.pooling) == (True, pooling)
+    for name in (None, *source.prompts):
+        expected = source.encode(TEXTS, prompt_name=name)
+        assert np.array_equal(exported.encode(TEXTS, prompt_name=name), expected)
+        assert_near(theirs.encode(TEXTS, prompt_name=name), expected)
+    if pooling != "last":
+        RunDescription("published", None, pooling=pooling).write(folder)
+        left_out = Encoder.from_pretrained(folder, dtype="float32", max_length=32)
+        queries = left_out.encode(TEXTS, prompt_name="query"), source.encode(TEXTS, prompt_name="query")
+        assert np.abs(queries[0] - queries[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_vectors_of_length_one(family_folder, peer, tmp_path, asked, dtype):
+    """Because it was asked for, or because the model's own vectors are such; weights are rounded, not vectors."""
+    folder = family_folder("llama-3")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS}))
+    RunDescription("published", None, normalize=not asked).write(folder)
+    export(folder, tmp_path / "out", normalize=asked, dtype=dtype)
+    export(tmp_path / "out", tmp_path / "again", dtype="float32")
+    RunDescription("published", None).write(folder)
+    export(folder, tmp_path / "plain", dtype=dtype)
+    plain = Encoder.from_pretrained(tmp_path / "plain", dtype="float32")
+    unrounded = Encoder.from_pretrained(folder, dtype="float32").encode(TEXTS)
+    assert (np.abs(plain.encode(TEXTS) - unrounded).max() > 1e-3) == (dtype == "bfloat16")
+    assert [module["path"] for module in json.loads((tmp_path / "plain" / "modules.json").read_text())] == [
+        "",
+        "1_Pooling",
+    ]
+    for name in (None, "query"):
+        expected = plain.encode(TEXTS, prompt_name=name)
+        assert_near(peer(tmp_path / "plain").encode(TEXTS, prompt_name=name), expected)
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        for out in (tmp_path / "out", tmp_path / "again"):
+            assert_near(Encoder.from_pretrained(out, dtype="float32").encode(TEXTS, prompt_name=name), expected)
+            assert_near(peer(out).encode(TEXTS, prompt_name=name), expected)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "qwen-3"])
+def test_a_bos_that_is_never_pooled(family_folder, peer, tmp_path, family, pooling):
+    """As in LLM2Vec: sentence-transformers cannot, but it need not where there is none, or for the last token."""
+    folder = family_folder(family)
+    RunDescription("published", None, pooling=pooling, pools_special_tokens=False).write(folder)
+    if family != "qwen-3" and pooling != "last":
+        with pytest.raises(ValueError, match=r"never pools what its tokenizer puts before a text.*--adapter-only"):
+            export(folder, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        return
+    export(folder, tmp_path / "out", dtype="float32")
+    expected = Encoder.from_pretrained(folder, dtype="float32").encode(TEXTS)
+    assert np.array_equal(Encoder.from_pretrained(tmp_path / "out", dtype="float32").encode(TEXTS), expected)
+    assert_near(peer(tmp_path / "out").encode(TEXTS), expected)
+
+
 @pytest.mark.parametrize(("prompt", "end"), [("find:\n", ""), ("find: ", "</s>")])
 def test_a_prompt_that_would_be_masked_otherwise_is_refused(family_folder, bos_and_eos, peer, tmp_path, prompt, end):
     """Its last token grows with a text that begins with a line feed; or a token after the text hides its last space."""
