@@ -7,6 +7,8 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import typer
@@ -244,10 +246,13 @@ def export_model(
 ) -> None:
     """Merge a model's adapters and write one folder, for bivec, transformers, sentence-transformers and their kin.
 
+    Which of them give bivec's vectors is said on stderr; bivec inspect --readers says how.
+
     Example: bivec export --model runs/supervised --output encoder
     """
     with one_line_errors():
         from .engine.export import export
+        from .engine.readers import readers
 
         export(
             model,
@@ -259,6 +264,9 @@ def export_model(
             normalize=normalize,
         )
         echo(output)
+        for verdict in readers(output):
+            echo(str(verdict), err=True)
+        echo(f"commands: bivec inspect --readers --model {quote(output)}", err=True)
 
 
 @app.command()
@@ -270,15 +278,23 @@ def inspect(
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    readers: Annotated[
+        bool,
+        typer.Option("--readers", help="Print which libraries and servers give a folder's vectors, and how, instead."),
+    ] = False,
 ) -> None:
     """Print what a model is, and what was chosen for it and why.
 
-    Architecture, mask, backend, dtype, memory, and whether the mask's self-test passed.
+    Architecture, mask, backend, dtype, memory, and whether the mask's self-test passed. With --readers: whether
+    transformers, sentence-transformers, vLLM, TEI and llama.cpp read the folder, by what command, or why not.
 
     Example: bivec inspect --model HuggingFaceTB/SmolLM-135M
     """
     with one_line_errors():
+        if readers:
+            _print_readers(model, adapter or [], as_json)
+            return
         from .engine.encoder import Encoder
 
         warn_of_default(model)
@@ -297,6 +313,23 @@ def inspect(
             echo(json.dumps(description, indent=2, ensure_ascii=False, default=str))
         else:
             echo("\n".join(_table(description)))
+
+
+def _print_readers(model: str, adapters: list[str], as_json: bool) -> None:
+    from .engine.readers import readers
+
+    if adapters:
+        raise ValueError("--readers judges a folder as it is; export the adapters with it, then judge what was written")
+    verdicts = readers(model)
+    if as_json:
+        echo(json.dumps([asdict(verdict) for verdict in verdicts], indent=2, ensure_ascii=False))
+        return
+    for verdict in verdicts:
+        echo(f"{verdict.reader}: {verdict.verdict}")
+        for reason in verdict.reasons:
+            echo(f"  {reason}")
+        # at the margin, where it can be copied
+        echo(f"\n{verdict.command}\n" if verdict.command else "")
 
 
 def _table(description: dict[str, Any]) -> Iterator[str]:

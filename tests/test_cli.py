@@ -291,7 +291,7 @@ def test_inspect(tiny_llama_folder):
 
 def test_export(tiny_llama_folder, tmp_path):
     found = invoke("export", "--model", tiny_llama_folder, "--pooling", "last", "--output", tmp_path / "out")
-    assert (found.exit_code, found.output) == (0, f"{tmp_path / 'out'}\n"), found.stderr
+    assert (found.exit_code, found.stdout) == (0, f"{tmp_path / 'out'}\n"), found.stderr
     assert bivec.Encoder.from_pretrained(tmp_path / "out").pooling == "last"
     again = invoke("export", "--model", tiny_llama_folder, "--output", tmp_path / "out")
     assert (again.exit_code, again.stderr) == (2, f"error: {tmp_path / 'out'} exists and is no empty folder\n")

@@ -1,0 +1,227 @@
+"""The rules of vLLM, text-embeddings-inference and llama.cpp: servers, which pool what stands before a text with it."""
+
+import json
+import shlex
+
+from .reader_files import ModelFiles
+from .verdicts import Findings, Verdict, is_causal_missing, judge_loading, named_prompts, quoted
+
+# vLLM: model_executor/models/registry.py; the last is what config/model.py makes of a name that ends with Model
+_VLLM_CLASSES = (
+    *("LlamaModel", "LlamaForCausalLM", "LLaMAForCausalLM", "LlamaBidirectionalModel", "MistralModel"),
+    *("MistralForCausalLM", "Qwen2Model", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3Model"),
+)
+# vLLM: transformers_utils/config.py
+_VLLM_POOLING_TYPES = (
+    "sentence_transformers.models.Pooling",
+    "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+)
+_VLLM_POOLING = {"mean": "MEAN", "last": "LAST", "first": "CLS"}
+
+# TEI: candle/src/models/{llama,mistral,qwen2,qwen3}.rs, the fields that are no Option and have no default
+_TEI_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+)
+_TEI_MORE_FIELDS = {
+    "qwen2": ("use_sliding_window",),
+    "qwen3": ("use_sliding_window", "attention_bias", "eos_token_id"),
+}
+_TEI_POOLING = {"mean": "mean", "last": "last-token", "first": "cls"}
+_TEI_BATCH_TOKENS = 16384
+
+_LLAMA_CPP_POOLING = {"mean": "mean", "last": "last", "first": "cls"}
+
+
+def judge_vllm(files: ModelFiles) -> Verdict:
+    found, config = Findings(), files.config
+    judge_loading(files, found)
+    _judge_server_pooling(files, found, _VLLM_POOLING)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name not in _VLLM_CLASSES:
+        found.refuse(f"architectures in config.json must name one that it serves, got {names!r:.80}", export_helps=True)
+    own = any(kind in _VLLM_POOLING_TYPES for _, _, kind in files.modules or ())
+    pooler: dict[str, str | bool] = {}
+    if name == "LlamaBidirectionalModel":
+        # LlamaBidirectionalConfig in models/config.py overrules every other word on mask and pooling
+        expected = {"mean": "avg", "last": "last", "first": "cls"}.get(files.pooling)
+        if config.get("pooling") != expected:
+            found.refuse(
+                f"pooling in config.json must be {expected!r}, got {config.get('pooling')!r:.80}", export_helps=True
+            )
+    else:
+        if not own and str(name).endswith("ForCausalLM"):
+            found.flags.append("--runner pooling --convert embed")
+        if not own or files.said_pooling != files.pooling:
+            pooler["pooling_type"] = _VLLM_POOLING.get(files.pooling, "")
+        if is_causal_missing(files):
+            # llama.py:280, qwen2.py:257, qwen3.py:197; Mistral's layers are Llama's
+            found.flags.append(f"--hf-overrides {shlex.quote(json.dumps({'is_causal': False}))}")
+    # without modules.json vectors are normalised, with it as it says
+    if files.normalize != (files.has_normalize if own else True):
+        pooler["use_activation"] = files.normalize
+    if pooler:
+        found.flags.append(f"--pooler-config {shlex.quote(json.dumps(pooler))}")
+    if files.dtype == "float32":
+        # config/model.py, _resolve_auto_dtype
+        found.flags.append("--dtype float32")
+        found.notes.append("without --dtype float32 it computes float32 weights in float16")
+    length = (files.length_file or {}).get("max_seq_length", "")
+    if length is None:
+        found.refuse("max_seq_length in sentence_bert_config.json must be a number, got null", export_helps=True)
+    elif length != files.max_length:
+        found.flags.append(f"--max-model-len {files.max_length}")
+    if files.sliding_window is not None and files.narrowed and files.bidirectional:
+        # v1/attention/backends/flash_attn.py: one token less to either side
+        found.refuse(
+            f"its layers see {files.sliding_window - 1} tokens to either side there, not {files.sliding_window}"
+        )
+    layers = config.get("layer_types")
+    if files.sliding_window is not None and isinstance(layers, list) and len(set(map(str, layers))) > 1:
+        found.refuse("some of its layers slide a window and some do not, which it refuses")
+    if config["model_type"] == "qwen3" and config.get("attention_bias"):
+        found.refuse("its Qwen3 has no bias in o_proj")
+    found.notes.append(
+        f'texts longer than {files.max_length} tokens are refused unless requests say "truncate_prompt_tokens": -1'
+    )
+    if files.prompts and not files.prompts_left_out:
+        found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand")
+    return found.verdict("vLLM", files, " ".join([f"vllm serve {quoted(files)}", *found.flags]))
+
+
+def judge_tei(files: ModelFiles) -> Verdict:
+    found, config = Findings(), files.config
+    kind = config["model_type"]
+    if files.transformer:
+        found.refuse(f"config.json lies in {files.transformer}", export_helps=True)
+    _judge_server_pooling(files, found, _TEI_POOLING)
+    # qwen2.rs reads is_causal, the others read use_bidirectional_attention alone
+    if kind == "qwen2":
+        bidirectional = config.get("is_causal") is False
+        key = "is_causal: false"
+    else:
+        bidirectional = config.get("use_bidirectional_attention") is True
+        key = "use_bidirectional_attention: true"
+    if bidirectional != files.bidirectional:
+        wrong = "without" if files.bidirectional else "with"
+        mask = "causal" if files.bidirectional else "bidirectional"
+        found.refuse(f"{wrong} {key} in config.json it is {mask}, without a word", export_helps=True)
+    _judge_tei_config(files, found)
+    _judge_tei_shapes(files, found)
+    said = _tei_pooling(files.pooling_config)
+    if files.pooling in _TEI_POOLING and said != files.pooling:
+        found.flags.append(f"--pooling {_TEI_POOLING[files.pooling]}")
+    if files.max_length > _TEI_BATCH_TOKENS:
+        found.flags.append(f"--max-batch-tokens {files.max_length}")
+    if files.default_prompt is not None:
+        found.flags.append(f"--default-prompt-name {shlex.quote(files.default_prompt)}")
+    if files.length_file is None:
+        found.notes.append(
+            f"texts are cut to {config['max_position_embeddings']} tokens there, not to {files.max_length}"
+        )
+    found.notes.append(
+        "CUDA images alone, in float16 with flash attention: the CPU's refuses it, ROCm's and HPU's are causal"
+        if files.bidirectional
+        else "CUDA images alone, in float16 with flash attention"
+    )
+    if files.prompts and not files.prompts_left_out:
+        found.notes.append(f'requests name their prompt ("prompt_name", one of {named_prompts(files)})')
+    if not files.normalize:
+        found.notes.append(
+            '/embed gives vectors of length 1 unless a request says "normalize": false, /v1/embeddings always'
+        )
+    command = " ".join([f"text-embeddings-router --model-id {quoted(files)}", *found.flags])
+    return found.verdict("TEI", files, command)
+
+
+def _judge_tei_config(files: ModelFiles, found: Findings) -> None:
+    """What its configuration's types ask for: Rust that stops at what it does not expect."""
+    config, kind = files.config, files.config["model_type"]
+    fields = _TEI_FIELDS + _TEI_MORE_FIELDS.get(kind, ("initializer_range",))
+    absent = [name for name in ("architectures", *fields) if config.get(name) is None]
+    if absent:
+        found.refuse(f"config.json must have {absent[0]}", export_helps=True)
+    # router/src/lib.rs reads the padding's, llama.rs and qwen3.rs the others
+    numbers = ["pad_token_id"]
+    numbers += {"qwen3": ["eos_token_id"], "llama": ["bos_token_id", "eos_token_id"]}.get(kind.partition("_")[0], [])
+    for name in numbers:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            found.refuse(f"{name} in config.json must be one number, got {value!r:.80}", export_helps=True)
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and not {"rope_theta", "rope_type"} <= parameters.keys():
+        found.refuse("rope_parameters in config.json must have rope_theta and rope_type", export_helps=True)
+    elif config.get("rope_theta") is None and not parameters:
+        found.refuse("config.json must have rope_theta", export_helps=True)
+    if files.rope_type != "default":
+        # lib.rs refuses rope_scaling of Llama; of rope_parameters rope_theta alone is read (rotary.rs)
+        refuses = bool(config.get("rope_scaling")) and kind.startswith("llama")
+        how = "refuses to start" if refuses else "leaves the scaling out, without a word"
+        found.refuse(f"its rope is of type {files.rope_type!r}: TEI {how}")
+    if files.length_file is not None and not isinstance(files.length_file.get("max_seq_length"), int):
+        found.refuse("sentence_bert_config.json must have max_seq_length", export_helps=True)
+
+
+def _judge_tei_shapes(files: ModelFiles, found: Findings) -> None:
+    """What its models compute: flash_mistral.rs (of Llama too), flash_qwen2.rs and flash_qwen3.rs."""
+    config, kind = files.config, files.config["model_type"]
+    per_head = config["hidden_size"] / config["num_attention_heads"]
+    explicit = kind == "qwen3" and config.get("head_dim") is not None
+    if files.head_dim != per_head and not explicit:
+        found.refuse(f"head_dim must be hidden_size / num_attention_heads ({per_head:g}), got {files.head_dim}")
+    if files.head_dim % 8 or files.head_dim > 256:
+        found.refuse(f"its flash attention takes heads of a multiple of 8 up to 256, got {files.head_dim}")
+    biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind not in ("mistral", "qwen2")]
+    if biased:
+        found.refuse(f"it has no biases: those of {biased[0]} would be left out, without a word")
+    if kind.startswith("qwen") and config.get("use_sliding_window"):
+        found.refuse("it refuses use_sliding_window")
+    window = config.get("sliding_window") if kind.startswith("llama") else files.sliding_window
+    if not kind.startswith("qwen") and isinstance(window, int) and window < files.max_length:
+        found.refuse(f"its sliding window ({window}) is another there than in transformers")
+    if kind in ("llama", "llama_bidirec", "mistral") and any(name.startswith("model.") for name in files.tensors):
+        found.refuse("it finds no weights that are named model.*", export_helps=True)
+
+
+def judge_llama_cpp(files: ModelFiles) -> Verdict:
+    found = Findings()
+    _judge_server_pooling(files, found, _LLAMA_CPP_POOLING)
+    if not files.bidirectional:
+        found.refuse("bivec exports bidirectional models alone")
+    if files.narrowed:
+        found.refuse(f"its Llama, Mistral and Qwen slide no window ({files.sliding_window} tokens here)")
+    pooling = _LLAMA_CPP_POOLING.get(files.pooling)
+    # tools/server/server-context.cpp: a text that attends to its end is one physical batch
+    flags = [
+        "--embeddings",
+        f"--pooling {pooling}",
+        f"--batch-size {files.max_length}",
+        f"--ubatch-size {files.max_length}",
+    ]
+    if not files.normalize:
+        flags.append("--embd-normalize -1")
+    found.flags += flags
+    found.notes.append(f"texts longer than {files.max_length} tokens are refused")
+    if files.prompts and not files.prompts_left_out:
+        found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand")
+    file = shlex.quote(f"{files.path}.gguf")
+    export = f"bivec export --model {quoted(files)} --format gguf --output {file}"
+    return found.verdict("llama.cpp", files, "\n".join([export, " ".join([f"llama-server --model {file}", *flags])]))
+
+
+def _judge_server_pooling(files: ModelFiles, found: Findings, modes: dict[str, str]) -> None:
+    """What servers pool: all tokens of a text and of what stands before it."""
+    if files.pooling not in modes:
+        found.refuse(f"it has no pooling {files.pooling!r}")
+    if files.prompts_left_out:
+        found.with_prompts.append(f"its prompts ({named_prompts(files)}) would be pooled with the text")
+
+
+def _tei_pooling(pooling_config: dict | None) -> str | None:
+    """The mode that router/src/lib.rs finds in `1_Pooling/config.json`, which must have two of the older keys."""
+    values = pooling_config or {}
+    if any(not isinstance(values.get(f"pooling_mode_{name}"), bool) for name in ("cls_token", "mean_tokens")):
+        return None
+    order = {"cls_token": "first", "mean_tokens": "mean", "lasttoken": "last"}
+    return next((mode for name, mode in order.items() if values.get(f"pooling_mode_{name}")), None)

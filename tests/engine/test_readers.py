@@ -1,0 +1,572 @@
+"""Verdicts on a folder's readers: each rule has a folder on either side, and what is printed for Python is run."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from bivec import Encoder, cli
+from bivec.engine.export import export
+from bivec.engine.readers import READERS, readers
+from bivec.engine.run_folder import RunDescription
+
+CONFIG = {
+    "architectures": ["LlamaModel"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+}
+QWEN = {"attention_bias": False, "use_sliding_window": False}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 512}
+PROMPTS = {"prompts": {"query": "find: ", "document": ""}}
+LENGTH = {"max_seq_length": 512, "do_lower_case": False}
+
+
+def pooling(mode="mean_tokens", include_prompt=False):
+    keys = ("cls_token", "mean_tokens", "weightedmean_tokens", "lasttoken")
+    return {**{f"pooling_mode_{key}": key == mode for key in keys}, "include_prompt": include_prompt}
+
+
+def modules(*kinds):
+    kinds = kinds or ("Transformer", "Pooling", "Normalize")
+    return [
+        {"idx": place, "name": str(place), "path": f"{place}_{kind}" if place else "", "type": f"{prefix}.{kind}"}
+        for place, kind in enumerate(kinds)
+        for prefix in ["sentence_transformers.models"]
+    ]
+
+
+# a folder that everybody reads
+WHOLE = {
+    "config.json": CONFIG,
+    "modules.json": modules(),
+    "1_Pooling/config.json": pooling(),
+    "sentence_bert_config.json": LENGTH,
+    "tokenizer_config.json": {"pad_token": "</s>", "eos_token": "</s>"},
+}
+
+
+def write(folder, changes):
+    """`WHOLE` with changed files; of `config.json`, changed keys; None removes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (WHOLE | changes).items():
+        if name == "config.json":
+            values = {key: value for key, value in (CONFIG | values).items() if value is not ...}
+        if values is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
+    return folder
+
+
+def judge(folder, changes):
+    return {verdict.reader: verdict for verdict in readers(write(folder, changes))}
+
+
+def test_a_whole_folder_is_read_by_all(tmp_path):
+    found = judge(tmp_path, {})
+    assert tuple(found) == READERS
+    assert [verdict.verdict for verdict in found.values()] == ["yes", "yes", "yes", "yes", "with flags"]
+    assert found["vLLM"].command == f"vllm serve {tmp_path}"
+    assert found["TEI"].command == f"text-embeddings-router --model-id {tmp_path}"
+    gguf = f"{tmp_path}.gguf"
+    assert found["llama.cpp"].command.splitlines() == [
+        f"bivec export --model {tmp_path} --format gguf --output {gguf}",
+        f"llama-server --model {gguf} --embeddings --pooling mean --batch-size 512 --ubatch-size 512",
+    ]
+
+
+RUN = {"stage": "export", "base_model": None, "earlier": [], "window": [-1, -1], "pooling": "mean"}
+RULES = [
+    # (reader, changed files, verdict, what the reasons or the command say)
+    (
+        "transformers",
+        {"modules.json": None, "config.json": {"is_causal": ...}},
+        "with flags",
+        "config.is_causal = False",
+    ),
+    ("transformers", {"config.json": {"auto_map": {"AutoModel": "x.Y"}}}, "no", "code of the model's own"),
+    ("transformers", {"config.json": {"model_type": "llama_bidirec"}}, "no", "code of the model's own"),
+    ("transformers", {"tokenizer_config.json": {"eos_token": "</s>"}}, "with flags", "pad_token = tokenizer.eos_token"),
+    ("transformers", {"config_sentence_transformers.json": PROMPTS}, "yes", "'query') are put before a text by hand"),
+    ("transformers", {"modules.json": modules("Transformer", "Pooling", "Dense")}, "no", "module 'Dense'"),
+    ("sentence-transformers", {"modules.json": modules("Transformer", "Pooling", "Dense")}, "yes", ""),
+    ("sentence-transformers", {"config_sentence_transformers.json": PROMPTS}, "yes", "encode_query"),
+    (
+        "sentence-transformers",
+        {"modules.json": None, "sentence_bert_config.json": None},
+        "with flags",
+        "')\nencoder.max_seq_length = 512",
+    ),
+    (
+        "sentence-transformers",
+        {"modules.json": None, "config.json": {"is_causal": ...}},
+        "no",
+        "does not say is_causal: false",
+    ),
+    ("sentence-transformers", {"modules.json": None, "bivec.json": RUN | {"pooling": "last"}}, "no", "no modules.json"),
+    ("sentence-transformers", {"bivec.json": RUN | {"pooling": "last"}}, "no", "pooling 'mean', bivec.json to 'last'"),
+    ("sentence-transformers", {"bivec.json": RUN | {"normalize": False}}, "no", "differ in normalize"),
+    (
+        "sentence-transformers",
+        {
+            "config_sentence_transformers.json": PROMPTS,
+            "bivec.json": RUN,
+            "1_Pooling/config.json": pooling(include_prompt=True),
+        },
+        "no",
+        "would be pooled with the text",
+    ),
+    (
+        "sentence-transformers",
+        {"config_sentence_transformers.json": PROMPTS, "1_Pooling/config.json": pooling("weightedmean_tokens")},
+        "no",
+        "begin with a prompt's tokens",
+    ),
+    (
+        "vLLM",
+        {"config.json": {"is_causal": ...}, "bivec.json": RUN | {"normalize": True}},
+        "with flags",
+        "--hf-overrides '{\"is_causal\": false}'",
+    ),
+    ("vLLM", {"config.json": {"dtype": "float32"}}, "with flags", "--dtype float32"),
+    ("vLLM", {"config.json": {"dtype": ..., "torch_dtype": "float32"}}, "with flags", "--dtype float32"),
+    (
+        "vLLM",
+        {"config.json": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}},
+        "yes",
+        "",
+    ),
+    ("vLLM", {"config.json": {"architectures": ["MyModel"]}}, "no", "must name one that it serves"),
+    ("vLLM", {"config.json": {"architectures": None}}, "no", "must name one that it serves"),
+    ("vLLM", {"config.json": {"architectures": ["LlamaBidirectionalModel"], "pooling": "avg"}}, "yes", ""),
+    (
+        "vLLM",
+        {"config.json": {"architectures": ["LlamaBidirectionalModel"], "pooling": "cls"}},
+        "no",
+        "must be 'avg', got 'cls'",
+    ),
+    ("vLLM", {"config.json": {"architectures": ["LlamaBidirectionalModel"]}}, "no", "must be 'avg', got None"),
+    (
+        "vLLM",
+        {
+            "modules.json": None,
+            "sentence_bert_config.json": None,
+            "config.json": {"architectures": ["LlamaForCausalLM"]},
+        },
+        "with flags",
+        "--runner pooling --convert embed --pooler-config "
+        '\'{"pooling_type": "MEAN", "use_activation": false}\' --max-model-len 512',
+    ),
+    (
+        "vLLM",
+        {"modules.json": None, "bivec.json": RUN | {"normalize": True}},
+        "with flags",
+        '\'{"pooling_type": "MEAN"}\'',
+    ),
+    ("vLLM", {"1_Pooling/config.json": {"pooling_mode": "lasttoken"}}, "yes", ""),
+    ("vLLM", {"1_Pooling/config.json": pooling("weightedmean_tokens")}, "no", "no pooling 'weighted_mean'"),
+    (
+        "vLLM",
+        {"config_sentence_transformers.json": PROMPTS},
+        "no",
+        "its prompts ('query') would be pooled with the text",
+    ),
+    (
+        "vLLM",
+        {"config_sentence_transformers.json": PROMPTS, "1_Pooling/config.json": pooling("lasttoken")},
+        "yes",
+        "('query') are put before a text by hand",
+    ),
+    (
+        "vLLM",
+        {"config_sentence_transformers.json": PROMPTS, "1_Pooling/config.json": pooling(include_prompt=True)},
+        "yes",
+        "('query') are put before a text by hand",
+    ),
+    (
+        "vLLM",
+        {"config.json": {"architectures": ["MistralModel"], "model_type": "mistral", "sliding_window": 511}},
+        "no",
+        "510 tokens to either side there, not 511",
+    ),
+    (
+        "vLLM",
+        {"config.json": {"architectures": ["MistralModel"], "model_type": "mistral", "sliding_window": 512}},
+        "yes",
+        "",
+    ),
+    (
+        "vLLM",
+        {"config.json": QWEN | {"model_type": "qwen3", "architectures": ["Qwen3Model"], "attention_bias": True}},
+        "no",
+        "no bias in o_proj",
+    ),
+    ("vLLM", {"sentence_bert_config.json": {"max_seq_length": None}}, "no", "must be a number, got null"),
+    (
+        "TEI",
+        {"config.json": {"use_bidirectional_attention": ...}},
+        "no",
+        "use_bidirectional_attention: true in config.json it is causal",
+    ),
+    ("TEI", {"config.json": {"is_causal": ...}, "bivec.json": RUN | {"normalize": True}}, "yes", ""),
+    ("TEI", {"config.json": QWEN | {"model_type": "qwen2", "use_bidirectional_attention": ...}}, "yes", ""),
+    (
+        "TEI",
+        {"config.json": QWEN | {"model_type": "qwen2", "is_causal": ...}, "bivec.json": RUN | {"normalize": True}},
+        "no",
+        "without is_causal: false",
+    ),
+    ("TEI", {"config.json": {"model_type": "qwen2"}}, "no", "must have use_sliding_window"),
+    (
+        "TEI",
+        {"config.json": QWEN | {"model_type": "qwen2", "use_sliding_window": True}},
+        "no",
+        "refuses use_sliding_window",
+    ),
+    ("TEI", {"config.json": QWEN | {"model_type": "qwen3", "head_dim": 32}}, "yes", ""),
+    (
+        "TEI",
+        {"config.json": QWEN | {"model_type": "qwen3", "eos_token_id": [1, 2]}},
+        "no",
+        "eos_token_id in config.json must be one number",
+    ),
+    ("TEI", {"config.json": {"model_type": "mistral", "eos_token_id": [1, 2], "sliding_window": None}}, "yes", ""),
+    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": 100}}, "no", "its sliding window (100)"),
+    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": 512}}, "yes", ""),
+    (
+        "TEI",
+        {"config.json": {"eos_token_id": [2, 3]}},
+        "no",
+        "eos_token_id in config.json must be one number, got [2, 3]",
+    ),
+    ("TEI", {"config.json": {"pad_token_id": -1}}, "no", "pad_token_id in config.json must be one number"),
+    ("TEI", {"config.json": {"rope_theta": ...}}, "no", "must have rope_theta"),
+    (
+        "TEI",
+        {"config.json": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
+        "yes",
+        "",
+    ),
+    ("TEI", {"config.json": {"rope_parameters": {"rope_theta": 1e4}}}, "no", "must have rope_theta and rope_type"),
+    ("TEI", {"config.json": {"rope_parameters": LLAMA3}}, "no", "leaves the scaling out, without a word"),
+    ("TEI", {"config.json": {"rope_scaling": LLAMA3}}, "no", "refuses to start"),
+    ("TEI", {"config.json": {"head_dim": 32}}, "no", "head_dim must be hidden_size / num_attention_heads (16), got 32"),
+    ("TEI", {"config.json": {"head_dim": 16}}, "yes", ""),
+    ("TEI", {"config.json": {"hidden_size": 48}}, "no", "heads of a multiple of 8 up to 256, got 12"),
+    ("TEI", {"config.json": {"attention_bias": True}}, "no", "those of attention_bias would be left out"),
+    ("TEI", {"config.json": {"initializer_range": ...}}, "no", "must have initializer_range"),
+    (
+        "TEI",
+        {"1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False}},
+        "with flags",
+        "--pooling mean",
+    ),
+    ("TEI", {"1_Pooling/config.json": pooling("lasttoken")}, "yes", ""),
+    ("TEI", {"1_Pooling/config.json": pooling("weightedmean_tokens")}, "no", "no pooling 'weighted_mean'"),
+    ("TEI", {"config_sentence_transformers.json": PROMPTS}, "no", "its prompts ('query') would be pooled"),
+    (
+        "TEI",
+        {
+            "config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"},
+            "1_Pooling/config.json": pooling("lasttoken"),
+        },
+        "with flags",
+        "--default-prompt-name query",
+    ),
+    ("TEI", {"modules.json": modules("Transformer", "Pooling")}, "yes", '"normalize": false'),
+    ("TEI", {"sentence_bert_config.json": {}}, "no", "must have max_seq_length"),
+    (
+        "TEI",
+        {"sentence_bert_config.json": {"max_seq_length": 20000}, "config.json": {"max_position_embeddings": 32768}},
+        "with flags",
+        "--max-batch-tokens 20000",
+    ),
+    ("llama.cpp", {"modules.json": modules("Transformer", "Pooling")}, "with flags", "--embd-normalize -1"),
+    ("llama.cpp", {"sentence_bert_config.json": {"max_seq_length": 777}}, "with flags", "--ubatch-size 777"),
+    ("llama.cpp", {"1_Pooling/config.json": pooling("lasttoken")}, "with flags", "--pooling last"),
+    ("llama.cpp", {"1_Pooling/config.json": pooling("weightedmean_tokens")}, "no", "no pooling 'weighted_mean'"),
+    ("llama.cpp", {"config_sentence_transformers.json": PROMPTS}, "no", "its prompts ('query') would be pooled"),
+    ("llama.cpp", {"config.json": {"model_type": "mistral", "sliding_window": 100}}, "no", "slide no window (100"),
+    ("llama.cpp", {"config.json": {"is_causal": ...}}, "no", "bidirectional models alone"),
+]
+
+
+@pytest.mark.parametrize(("reader", "changes", "expected", "said"), RULES)
+def test_each_rule(tmp_path, reader, changes, expected, said):
+    verdict = judge(tmp_path, changes)[reader]
+    assert verdict.verdict == expected, verdict
+    assert said in "\n".join([*verdict.reasons, verdict.command]), verdict
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"pools_special_tokens": False}, "it never pools BOS"),
+        ({"template": ["<|user|>", "<|end|>"]}, "a chat template"),
+        ({"window": [-1, 4]}, "the window (-1, 4)"),
+    ],
+)
+def test_what_only_bivec_does(tmp_path, run, said):
+    found = judge(tmp_path, {"bivec.json": RUN | {"normalize": True} | run})
+    assert {(verdict.verdict, verdict.command) for verdict in found.values()} == {("no", "")}
+    assert all(said in verdict.reasons[0] for verdict in found.values())
+
+
+def test_an_adapter_is_to_be_exported(tmp_path):
+    folder = write(tmp_path / "a b", {"adapter_config.json": {"base_model_name_or_path": "meta/Llama"}})
+    for verdict in readers(folder):
+        assert (verdict.verdict, verdict.reasons) == ("no", ("it is an adapter on meta/Llama: export it first",))
+        assert shlex.split(verdict.command) == [
+            "bivec",
+            "export",
+            "--model",
+            str(folder),
+            "--output",
+            f"{folder}-exported",
+        ]
+
+
+def test_a_causal_model_of_others_is_causal_everywhere(tmp_path):
+    """What transformers makes of such a folder is what bivec makes of it, and no export is advised."""
+    causal = {"is_causal": ..., "use_bidirectional_attention": ...}
+    found = judge(tmp_path, {"config.json": causal, "1_Pooling/config.json": pooling("lasttoken", include_prompt=True)})
+    assert [verdict.verdict for verdict in found.values()] == ["yes", "yes", "yes", "yes", "no"]
+    assert "is_causal" not in found["transformers"].command + found["vLLM"].command
+    found = judge(tmp_path, {"config.json": causal | {"use_bidirectional_attention": True}})
+    assert (found["TEI"].verdict, found["TEI"].command) == ("no", "")
+    assert "with use_bidirectional_attention: true in config.json it is bidirectional" in found["TEI"].reasons[0]
+
+
+def test_what_helps_is_said(tmp_path):
+    """An export, where it does away with every reason; where prompts alone stand in the way, what serves the rest."""
+    found = judge(tmp_path, {"config.json": {"use_bidirectional_attention": ..., "eos_token_id": [1, 2]}})["TEI"]
+    assert len(found.reasons) == 2
+    assert found.command == f"bivec export --model {tmp_path} --output {tmp_path}-exported"
+    found = judge(tmp_path, {"config.json": {"use_bidirectional_attention": ..., "head_dim": 32}})["TEI"]
+    assert found.command == ""
+    found = judge(tmp_path, {"config_sentence_transformers.json": PROMPTS})["vLLM"]
+    assert (found.verdict, found.command) == ("no", f"vllm serve {tmp_path}")
+    assert "texts without a prompt come out right" in found.reasons
+
+
+def test_names_and_dtype_of_weights_come_from_their_header(tmp_path):
+    config = {"dtype": ...}
+    folder = write(tmp_path, {"config.json": config})
+    weight = np.ones((2, 2), np.float32)
+    for name, tei in (("embed_tokens.weight", "yes"), ("model.embed_tokens.weight", "no")):
+        save_file({name: weight}, folder / "model.safetensors")
+        found = judge(folder, {"config.json": config})
+        assert (found["TEI"].verdict, "--dtype float32" in found["vLLM"].command) == (tei, True)
+    save_file({"embed_tokens.weight": weight.astype(np.float16)}, folder / "model.safetensors")
+    assert "--dtype" not in judge(folder, {"config.json": config})["vLLM"].command
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "one.safetensors"}}
+    found = judge(folder, {"config.json": config, "model.safetensors.index.json": index})
+    assert (found["TEI"].verdict, "--dtype" in found["vLLM"].command) == ("no", False)
+
+
+def test_a_transformer_in_a_folder_of_its_own(tmp_path):
+    """As old versions of sentence-transformers wrote it."""
+    entries = modules("Transformer", "Pooling")
+    entries[0]["path"] = "0_Transformer"
+    write(tmp_path, {"modules.json": entries})
+    (tmp_path / "0_Transformer").mkdir()
+    for name in ("config.json", "sentence_bert_config.json", "tokenizer_config.json"):
+        (tmp_path / name).rename(tmp_path / "0_Transformer" / name)
+    found = {verdict.reader: verdict for verdict in readers(tmp_path)}
+    assert found["sentence-transformers"].verdict == "yes"
+    for reader in ("transformers", "vLLM", "TEI"):
+        assert "config.json lies in 0_Transformer" in found[reader].reasons
+        assert found[reader].command.startswith("bivec export")
+
+
+@pytest.mark.parametrize("name", ["plain", "it's a folder", '"quoted" $HOME `x`'])
+def test_commands_can_be_copied(tmp_path, name):
+    folder = tmp_path / name
+    for verdict in judge(folder, {"config.json": {"dtype": "float32"}}).values():
+        if verdict.reader in ("transformers", "sentence-transformers"):
+            compile(verdict.command, verdict.reader, "exec")
+            assert repr(str(folder)) in verdict.command
+        else:
+            lines = [shlex.split(line) for line in verdict.command.splitlines()]
+            assert all(str(folder) in line or f"{folder}.gguf" in line for line in lines)
+
+
+BROKEN = [
+    ({"config.json": "{"}, "config.json is not valid JSON"),
+    ({"config.json": "[]"}, "config.json must hold a JSON object"),
+    ({"config.json": json.dumps(CONFIG | {"model_type": "bert"})}, "model_type must be one of llama, "),
+    ({"config.json": json.dumps(CONFIG | {"model_type": ["llama"]})}, "model_type must be one of llama, "),
+    ({"config.json": json.dumps(CONFIG | {"hidden_size": "64"})}, "hidden_size must be a positive integer"),
+    ({"config.json": json.dumps(CONFIG | {"num_attention_heads": 0})}, "num_attention_heads must be a positive"),
+    ({"modules.json": "{}"}, "modules.json must hold a JSON array"),
+    ({"modules.json": [1]}, "each module must have a type"),
+    ({"modules.json": [{"type": "Pooling", "path": "../x"}]}, "a path within the folder"),
+    ({"1_Pooling/config.json": None}, "config.json does not exist"),
+    ({"1_Pooling/config.json": "[]"}, "must hold a JSON object"),
+    ({"sentence_bert_config.json": {"max_seq_length": "512"}}, "max_seq_length must be a positive integer"),
+    ({"config_sentence_transformers.json": {"prompts": ["x"]}}, "prompts must be strings by name"),
+    ({"config_sentence_transformers.json": {"default_prompt_name": "x"}}, "default_prompt_name must be one of"),
+    (
+        {"config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": ["x"]}},
+        "default_prompt_name must be",
+    ),
+    ({"bivec.json": RUN | {"window": 3}}, "window must be a list"),
+    ({"bivec.json": RUN | {"pooling": ["mean"]}}, "pooling must be a str"),
+    ({"adapter_config.json": {}}, "base_model_name_or_path must be"),
+    ({"model.safetensors": "short"}, "its header cannot be read"),
+    ({"model.safetensors": "\x02" + "\0" * 7 + "[]"}, "its header cannot be read"),
+    ({"model.safetensors.index.json": {"weight_map": ["x"]}}, "weight_map must name a file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_a_broken_folder_is_one_line(tmp_path, changes, message):
+    folder = write(tmp_path / "broken", {name: values for name, values in changes.items() if name != "config.json"})
+    if "config.json" in changes:
+        (folder / "config.json").write_text(changes["config.json"])
+    if changes.get("1_Pooling/config.json", "") is None:
+        (folder / "1_Pooling" / "config.json").unlink(missing_ok=True)
+    found = CliRunner().invoke(cli.app, ["inspect", "--readers", "--model", str(folder)])
+    assert (found.exit_code, found.stdout) == (2, ""), found.output
+    assert len(found.stderr.splitlines()) == 1
+    assert message in found.stderr
+
+
+@pytest.mark.parametrize("value", [None, True, 3, -1.5, "x", [], [1], {}, {"x": 1}])
+def test_values_of_the_wrong_kind_crash_nothing(tmp_path, value):
+    """Whatever stands at a key, there is a verdict or a ValueError that names the file."""
+    folder = write(tmp_path, {})
+
+    def check(name, values):
+        before = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+        (folder / name).write_text(json.dumps(values))
+        try:
+            verdicts = readers(folder)
+        except ValueError as error:
+            if str(folder) not in str(error):
+                raise
+        else:
+            assert tuple(verdict.reader for verdict in verdicts) == READERS
+        (folder / name).write_bytes(before)
+
+    names = [*CONFIG, *QWEN, "rope_parameters", "rope_scaling", "layer_types", "sliding_window", "head_dim", "pooling"]
+    for name in [*names, "pad_token_id", "mlp_bias", "auto_map", "torch_dtype"]:
+        for kind in ("llama", "mistral", "qwen3"):
+            check("config.json", CONFIG | QWEN | {"use_sliding_window": True, "model_type": kind} | {name: value})
+    for name in ("pooling_mode", "include_prompt", "pooling_mode_mean_tokens"):
+        check("1_Pooling/config.json", {name: value})
+    check("tokenizer_config.json", {"pad_token": value, "eos_token": value})
+    check("sentence_bert_config.json", {"max_seq_length": value})
+    for name in ("stage", "window", "pooling", "pools_prompt", "normalize", "template", "instruction"):
+        check("bivec.json", RUN | {name: value})
+
+
+def test_the_command_line(tmp_path):
+    folder = write(tmp_path / "a b", {})
+    arguments = ["inspect", "--readers", "--model", str(folder)]
+    found = CliRunner().invoke(cli.app, arguments)
+    assert (found.exit_code, found.stderr) == (0, "")
+    assert "\nvLLM: yes\n" in found.stdout
+    assert f"\nvllm serve '{folder}'\n" in found.stdout
+    found = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert json.loads(found.stdout) == [
+        {"reader": v.reader, "verdict": v.verdict, "reasons": list(v.reasons), "command": v.command}
+        for v in readers(folder)
+    ]
+    found = CliRunner().invoke(cli.app, [*arguments, "--adapter", "x"])
+    assert (found.exit_code, found.stdout) == (2, "")
+    found = CliRunner().invoke(cli.app, ["inspect", "--readers", "--model", "owner/name"])
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "bivec export --model owner/name --output DIR" in found.stderr
+
+
+def test_nothing_heavy_is_imported(tmp_path):
+    folder = write(tmp_path / "whole", {})
+    program = (
+        "import sys; from bivec.cli import app\n"
+        f"try: app(['inspect', '--readers', '--model', {str(folder)!r}])\n"
+        "finally: print({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stderr == "set()\n"
+
+
+def test_an_export_says_who_reads_it(tiny_llama_folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["export", "--model", str(tiny_llama_folder), "--output", str(output)]
+    found = CliRunner().invoke(cli.app, arguments)
+    assert (found.exit_code, found.stdout) == (0, f"{output}\n"), found.stderr
+    lines = found.stderr.splitlines()
+    assert lines[:-1] == [str(verdict) for verdict in readers(output)]
+    assert lines[-1] == f"commands: bivec inspect --readers --model {output}"
+
+
+@pytest.fixture(params=["exported", "base"])
+def run_here(request, checkpoint_folders, tmp_path):
+    """Runs what is printed for a Python reader of a folder; returns its variables and bivec's encoder."""
+
+    def run(reader, architecture, pooling="mean", **description):
+        folder = checkpoint_folders[architecture]
+        if request.param == "exported" or description or pooling != "mean":
+            source = tmp_path / "run"
+            source.mkdir()
+            for path in folder.iterdir():
+                (source / path.name).symlink_to(path)
+            RunDescription("supervised", None, pooling=pooling, **description).write(source)
+            folder = tmp_path / "it's out"
+            export(source, folder, dtype="float32")
+        verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
+        if reader == "sentence-transformers" and folder in checkpoint_folders.values():
+            # it cannot be told what the configuration does not say
+            assert verdict.verdict == "no"
+            folder = tmp_path / "told"
+            shutil.copytree(checkpoint_folders[architecture], folder)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+            verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
+        expected = "yes" if (folder / "modules.json").exists() else "with flags"
+        assert verdict.verdict == expected, verdict
+        names: dict = {}
+        exec(verdict.command, names)
+        return names, Encoder.from_pretrained(folder, dtype="float32")
+
+    return run
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last", "first"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_transformers_gives_these_vectors(run_here, architecture, pooling):
+    names, encoder = run_here("transformers", architecture, pooling)
+    vectors = names["vectors"].detach().numpy()
+    assert np.abs(vectors - encoder.encode(["a text", "another"])).max() < 1e-5
+
+
+@pytest.mark.parametrize(("pooling", "instruction"), [("mean", "find:"), ("mean", ""), ("last", "find:")])
+def test_sentence_transformers_gives_these_vectors(run_here, pooling, instruction):
+    pytest.importorskip("sentence_transformers")
+    names, encoder = run_here(
+        "sentence-transformers", "mistral", pooling, **({"instruction": instruction} if instruction else {})
+    )
+    assert np.abs(names["queries"] - encoder.encode_query(["a question"])).max() < 1e-5
+    assert np.abs(names["documents"] - encoder.encode_document(["a text"])).max() < 1e-5
