@@ -240,9 +240,13 @@ def export_model(
     pooling: Pooling = None,
     max_length: MaxLength = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the written weights.")
-    ] = "bfloat16",
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the written weights. Default: bfloat16, of an adapter alone float32."),
+    ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Every vector gets length 1.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapters' sum as one adapter in PEFT's format.")
+    ] = False,
 ) -> None:
     """Merge a model's adapters and write one folder, for bivec, transformers, sentence-transformers and their kin.
 
@@ -251,18 +255,18 @@ def export_model(
     Example: bivec export --model runs/supervised --output encoder
     """
     with one_line_errors():
+        options: dict[str, Any] = {"adapters": adapter or [], "pooling": pooling, "normalize": normalize}
+        if adapter_only:
+            from .engine.adapter_export import export_adapter
+
+            if max_length is not None:
+                raise ValueError("--max-length has no place in the folder of --adapter-only; give it to bivec embed")
+            export_adapter(model, output, dtype=dtype or "float32", **options)
+            return echo(output)
         from .engine.export import export
         from .engine.readers import readers
 
-        export(
-            model,
-            output,
-            adapters=adapter or [],
-            pooling=pooling,
-            max_length=max_length,
-            dtype=dtype,
-            normalize=normalize,
-        )
+        export(model, output, max_length=max_length, dtype=dtype or "bfloat16", **options)
         echo(output)
         for verdict in readers(output):
             echo(str(verdict), err=True)

@@ -20,7 +20,7 @@ from .model import LlamaModel
 from .weights import StoredTensor, list_problems, load_model, read_headers, read_tensors
 
 _TENSORS = "adapter_model.safetensors"
-_WRAPPER = "base_model.model."  # PEFT's own, before every name in a file
+WRAPPER = "base_model.model."  # PEFT's own, before every name in a file
 CAUSAL = "model."  # before a name as it stands in a causal language model
 
 
@@ -33,7 +33,7 @@ def stack_adapters(model: nn.Module, folders: Sequence[Path]) -> list[str]:
         ValueError: a folder whose adapter does not fit (one of another base), or one that can only be merged (DoRA).
         FileNotFoundError: a folder without safetensors.
     """
-    names, inits = _add_all(model, folders)
+    names, inits = add_adapters(model, folders)
     for name, folder in zip(names, folders, strict=True):
         if any(name in module.lora_magnitude_vector for module in _lora_layers(model)):
             raise ValueError(f"{folder / ADAPTER_CONFIG}: use_dora can be merged, not stacked; export the model first")
@@ -49,7 +49,7 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
 
     Raises as `stack_adapters`; DoRA is merged.
     """
-    names, inits = _add_all(model, folders)
+    names, inits = add_adapters(model, folders)
     for path, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
@@ -60,7 +60,8 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> None:
             if name not in module.lora_A:
                 continue
             if init in RESIDUAL_INITS:
-                base.weight.data = base.weight.data - _initial(module, name, init, base.weight.data)
+                left, right = initial_factors(module, name, init, base.weight.data)
+                base.weight.data = base.weight.data - left @ right
             module.merge(adapter_names=[name])
             module.merged_adapters.clear()  # for the next one these are the weights
             if not torch.isfinite(base.weight).all():
@@ -94,13 +95,13 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; an adapter must be in safetensors (a pickle is refused)")
     stored = list(read_headers([path]))
-    prefix = CAUSAL if any(one.name.removeprefix(_WRAPPER).startswith(CAUSAL) for one in stored) else ""
+    prefix = CAUSAL if any(one.name.removeprefix(WRAPPER).startswith(CAUSAL) for one in stored) else ""
     _inject(model, name, config, prefix, folder / ADAPTER_CONFIG)
     expected = {file_key: (key, parameter) for file_key, key, parameter in _parameters(model, name)}
     found: dict[StoredTensor, str] = {}
     problems = []
     for one in stored:
-        plain = one.name.removeprefix(_WRAPPER)
+        plain = one.name.removeprefix(WRAPPER)
         file_key = plain.removeprefix(prefix)
         if file_key not in expected or not plain.startswith(prefix):
             problems.append(f"unexpected {one.name}")
@@ -137,22 +138,26 @@ def take_out(model: nn.Module, name: str, init: object, earlier: Sequence[str]) 
             for other in earlier:
                 if other in module.lora_A:
                     whole = whole + module.get_delta_weight(other)
-            weight.data = (weight.data.float() - _initial(module, name, init, whole)).to(weight.dtype)
+            left, right = initial_factors(module, name, init, whole)
+            weight.data = (weight.data.float() - left @ right).to(weight.dtype)
 
 
 @torch.no_grad()
-def _initial(module: LoraLayer, name: str, init: object, weight: torch.Tensor) -> torch.Tensor:
-    """The product of rank r that an adapter begins with, float32 and shaped as `weight`: its r largest singular values
-    (PiSSA, arXiv:2404.02948), or the first r columns of its QR decomposition, scaled (OLoRA, arXiv:2406.01775)."""
+def initial_factors(
+    module: LoraLayer, name: str, init: object, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the adapter `name` began with, as a product of float32 `(out, r)` and `(r, in)`: the r largest singular
+    values of `weight` `(out, in)` (PiSSA, arXiv:2404.02948), or the first r columns of its QR decomposition, scaled
+    (OLoRA, arXiv:2406.01775)."""
     rank = module.r[name]
     if init == "pissa":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        return (left[:, :rank] * values[:rank]) @ right[:rank]
+        return left[:, :rank] * values[:rank], right[:rank]
     q, r = torch.linalg.qr(weight)
-    return module.scaling[name] * q[:, :rank] @ r[:rank]
+    return module.scaling[name] * q[:, :rank], r[:rank]
 
 
-def _add_all(model: nn.Module, folders: Sequence[Path]) -> tuple[list[str], list[object]]:
+def add_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[list[str], list[object]]:
     """Inject the adapters under names of their own; returns these and how each was initialised."""
     names, inits = [], []
     for place, folder in enumerate(folders):

@@ -3,17 +3,21 @@
 Pickle checkpoints are refused. Tensors whose dtype is already the wanted one stay memory-mapped.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .config import ModelConfig, load_config
 from .json_files import read_object
 from .model import LanguageModel, LlamaModel
+from .outputs import sync
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -86,6 +90,32 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
         with safe_open(path, framework="pt", device="cpu") as tensors:
             for one in wanted:
                 yield one, tensors.get_tensor(one.name)
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Safetensors with the mode of any other new file: the library makes them for their owner alone.
+
+    Raises:
+        OSError: naming the path, where the disk is full, or the like.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), {"format": "pt"})
+    except SafetensorError as error:  # it says what the system refused in words alone
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """As `write_tensors`, under a temporary name first: a killed process leaves no half file under the real one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_tensors(tensors, temporary)
+    sync(temporary)
+    temporary.replace(path)
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, config: ModelConfig | None = None) -> Model:

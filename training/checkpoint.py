@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..engine.outputs import naming, sync
+from ..engine.weights import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -104,17 +104,6 @@ def steps(run: Path) -> list[int]:
     folder = run / CHECKPOINTS
     names = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Safetensors; raises OSError naming the path where the disk is full, or the like."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), {"format": "pt"})
-    except SafetensorError as error:  # it says what the system refused in words alone
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _remove(path: Path) -> None:

@@ -28,6 +28,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from ..engine import ops
+from ..engine.adapter_export import base_reference
 from ..engine.checkpoints import Checkpoint, resolve
 from ..engine.fingerprint import fingerprint
 from ..engine.outputs import naming, refuse_inputs
@@ -331,7 +332,7 @@ class _Run:
         settings, trainee = self.settings, self.trainee
         return RunDescription(
             stage=settings.stage,
-            base_model=None if trainee.adapter is None else trainee.base_name,
+            base_model=None if trainee.adapter is None else base_reference(trainee.checkpoint),
             earlier=tuple(f"{EARLIER}/{place}" for place in range(1, len(trainee.earlier) + 1)),
             window=self.schedule.final_window,
             pooling=getattr(settings, "pooling", "mean"),

@@ -1,7 +1,6 @@
 """What is trained: a packed Llama over a frozen base with earlier adapters, and a fresh adapter, or all its weights."""
 
 import json
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..engine import ops
 from ..engine.adapter_config import read_adapter_config
+from ..engine.adapter_export import base_reference, write_adapter
 from ..engine.adapters import add_adapter, stack_adapters, take_out
 from ..engine.checkpoints import ADAPTER_FILES, Checkpoint, resolve
 from ..engine.config import ModelConfig, load_config
@@ -22,8 +22,7 @@ from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
 from ..engine.tokens import TextTokenizer, copy_tokenizer, load_tokenizer
-from ..engine.weights import load_model
-from .checkpoint import write_tensors
+from ..engine.weights import load_model, save_tensors
 from .masking import mask_token_id
 from .settings import MntpSettings, PretrainSettings, TrainingSettings
 
@@ -75,20 +74,10 @@ class Trainee:
                 target.mkdir(parents=True, exist_ok=True)
                 for name in ADAPTER_FILES:
                     shutil.copyfile(source / name, target / name)
-            self.adapter.base_model_name_or_path = self.base_name
-            self.adapter.inference_mode = True
-            self.adapter.save_pretrained(str(folder))
             state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-            named = f"base_model.model.{self.adapter_prefix}"
-            tensors = {f"{named}{name}": tensor.detach().cpu() for name, tensor in state.items()}
-            _save_tensors(tensors, folder / ADAPTER_FILES[1])
+            tensors = {f"{self.adapter_prefix}{name}": tensor.detach().cpu() for name, tensor in state.items()}
+            write_adapter(folder, self.adapter, tensors, base_reference(self.checkpoint))
         description.write(folder)
-
-    @property
-    def base_name(self) -> str:
-        """The original base, as another process on this machine finds it: a hub id or an absolute path."""
-        name = self.checkpoint.base_name
-        return str(self.checkpoint.base.resolve()) if Path(name).expanduser().is_dir() else name
 
     def _save_checkpoint(self, folder: Path) -> None:
         values = read_object(self.checkpoint.base / "config.json")
@@ -98,7 +87,7 @@ class Trainee:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         copy_tokenizer(self.checkpoint.tokenizer, folder)
         tensors = {name: parameter.detach().cpu() for name, parameter in self.network.named_parameters()}
-        _save_tensors(tensors, folder / "model.safetensors")
+        save_tensors(tensors, folder / "model.safetensors")
 
 
 def load_trainee(settings: TrainingSettings, device: torch.device, checkpoint: Checkpoint | None = None) -> Trainee:
@@ -219,12 +208,3 @@ def _randomize(network: nn.Module, base: Path, seed: int) -> None:
                 parameter.data.normal_(0.0, deviation, generator=generator)
             else:
                 parameter.data.fill_(0.0 if name == "bias" else 1.0)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Under a temporary name first: a killed process leaves no half file under the real one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_tensors(tensors, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

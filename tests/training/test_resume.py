@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bivec.engine import weights
 from bivec.training import checkpoint, train
 from bivec.training.optimizer import Optimizer
 from bivec.training.output import LOG
@@ -64,7 +65,7 @@ def assert_resumes(settings, uninterrupted, exit_code) -> None:
 
 
 # what saving a checkpoint does to the disk, each call a point at which a run can be killed
-TOUCHES = [(checkpoint, "save_file"), (checkpoint, "sync"), (os, "replace"), (Path, "unlink"), (Path, "write_text")]
+TOUCHES = [(weights, "save_file"), (checkpoint, "sync"), (os, "replace"), (Path, "unlink"), (Path, "write_text")]
 
 
 def touch_counted(monkeypatch, at_call) -> None:
