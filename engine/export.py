@@ -26,8 +26,8 @@ from .tokens import MAX_LENGTH_FILE, TextTokenizer, load_tokenizer, own_max_leng
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
 
 _FILES = re.compile(
-    r"(config|tokenizer|tokenizer_config|modules|1_Pooling/config|2_Normalize/config|model\.safetensors\.index)\.json|tokenizer\.model"
-    rf"|model(-\d+-of-\d+)?\.safetensors|{PROMPTS_FILE}|{MAX_LENGTH_FILE}|{RUN_FILE}"
+    r"(config|tokenizer|tokenizer_config|modules|(1_Pooling|2_Normalize)/config|model\.safetensors\.index)\.json"
+    rf"|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors|{PROMPTS_FILE}|{MAX_LENGTH_FILE}|{RUN_FILE}"
 )
 
 
@@ -65,6 +65,11 @@ def export(
         raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {run.pooling!r}")
     if run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
+    if any(run.template):
+        raise ValueError(
+            f"{model} puts texts into the chat template {run.template!r:.200}, which no other reader can be told; use "
+            "it as it is, or export its adapters with --adapter-only"
+        )
     prompts, default_prompt = _exported_prompts(checkpoint, run)
     if max_length is None:
         max_length = own_max_length(checkpoint.tokenizer)
@@ -74,6 +79,7 @@ def export(
         max_length,
         pools_special_tokens=run.pools_special_tokens,
         pools_prompt=run.pools_prompt,
+        counts_prompt_alone=run.counts_prompt_alone,
     )
 
     inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
@@ -81,7 +87,8 @@ def export(
         write_tokenizer(
             tokenizer.hugging_face,
             folder,
-            prompts=prompts.values(),
+            # where it is prompts alone that count, their last spaces count too
+            prompts=None if run.counts_prompt_alone else prompts.values(),
             max_length=max_length,
             vocab_size=config.vocab_size,
         )
@@ -95,7 +102,7 @@ def export(
         if prompts:
             write_json(folder / PROMPTS_FILE, {"prompts": prompts, "default_prompt_name": default_prompt})
         _write_modules(folder, config.hidden_size, run, max_length)
-        replace(run, counts_prompt_alone=False).write(folder)
+        run.write(folder)
         _write_weights(load_merged(checkpoint, config, torch.float32).to(DTYPES[dtype]), folder)
 
 
@@ -114,12 +121,6 @@ def _exported_prompts(checkpoint: Checkpoint, run: RunDescription) -> tuple[dict
                 f"pooling 'weighted_mean' cannot be exported with the prompt {name!r} ({prompt!r}): "
                 "sentence-transformers' weights begin with the prompt's tokens, bivec's with the text's; use the model "
                 "as it is, or export it with another pooling"
-            )
-        if prompt and run.counts_prompt_alone and run.pooling != "last":
-            raise ValueError(
-                f"the prompt {name!r} ({prompt!r}) cannot be exported: as many tokens as it has alone are left out of "
-                "pooling, which are others in an exported tokenizer; use the model as it is, or export it with pooling "
-                "'last'"
             )
     return prompts, default
 

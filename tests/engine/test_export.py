@@ -86,6 +86,14 @@ def test_weights_are_rounded_once(run, tmp_path):
         assert all(torch.equal(rounded[name], whole[name].to(dtype)) for name in whole)
 
 
+def test_the_command_line_normalizes_where_asked(run, tmp_path):
+    for options in ([], ["--normalize"]):
+        arguments = ["--model", str(run), "--output", str(tmp_path / f"out{len(options)}"), *options]
+        assert CliRunner().invoke(cli.app, ["export", *arguments]).exit_code == 0
+        lengths = np.linalg.norm(Encoder.from_pretrained(tmp_path / f"out{len(options)}").encode(TEXTS), axis=1)
+        assert np.allclose(lengths, 1.0, atol=1e-3) == bool(options)
+
+
 def test_whoever_reads_one_file_reads_all(run, tmp_path):
     export(run, tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1

@@ -130,3 +130,22 @@ def test_a_mistral_whose_layers_differ_is_refused(make_checkpoint, tmp_path):
     export(tmp_path / "model", tmp_path / "out", dtype="float32")
     expected = Encoder.from_pretrained(tmp_path / "model", dtype="float32").encode(TEXTS)
     assert np.abs(transformers_means(tmp_path / "out") - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("pooling", "name"), [("avg", "mean"), ("cls", "first"), ("last", "last")])
+def test_nvidias_type_becomes_a_llama(fresh_llama_folder, tmp_path, pooling, name):
+    """transformers knows no `llama_bidirec` without its code, which is not exported."""
+    code = {"AutoConfig": "model.LlamaBidirectionalConfig", "AutoModel": "model.LlamaBidirectionalModel"}
+    change(fresh_llama_folder, model_type="llama_bidirec", pooling=pooling, temperature=0.02, auto_map=code)
+    export(fresh_llama_folder, tmp_path / "out", dtype="float32")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    found = [written[key] for key in ("model_type", "architectures", "pooling")]
+    assert found == ["llama", ["LlamaModel"], pooling]
+    assert not written.keys() & {"auto_map", "temperature"}
+    source, exported = (
+        Encoder.from_pretrained(path, dtype="float32") for path in (fresh_llama_folder, tmp_path / "out")
+    )
+    assert exported.pooling == source.pooling == name
+    assert np.array_equal(exported.encode(TEXTS, prompt="find: "), source.encode(TEXTS, prompt="find: "))
+    if name == "mean":
+        assert np.abs(transformers_means(tmp_path / "out") - exported.encode(TEXTS)).max() < 1e-5

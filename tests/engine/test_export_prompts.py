@@ -165,6 +165,50 @@ def test_a_bos_that_is_never_pooled(family_folder, peer, tmp_path, family, pooli
     assert_near(peer(tmp_path / "out").encode(TEXTS), expected)
 
 
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "qwen-3"])
+def test_a_model_of_sentence_transformers_own(family_folder, peer, tmp_path, family):
+    """It leaves out as many tokens as a prompt has alone, its last space too: the peer does before and after."""
+    folder = family_folder(family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    modules = {"": "base.modules.transformer.Transformer", "1_P": "sentence_transformer.modules.pooling.Pooling"}
+    (folder / "modules.json").write_text(
+        json.dumps(
+            [
+                {"name": path or "0", "path": path, "type": f"sentence_transformers.{kind}"}
+                for path, kind in modules.items()
+            ]
+        )
+    )
+    (folder / "1_P").mkdir()
+    pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
+    (folder / "1_P" / "config.json").write_text(json.dumps(pooling))
+    prompts = PROMPTS | {"line": "find:\n"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    del tokenizer["chat_template"]
+    tokenizer |= {"pad_token": tokenizer["eos_token"], "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    export(folder, tmp_path / "out", dtype="float32")
+    source, exported = (Encoder.from_pretrained(path, dtype="float32") for path in (folder, tmp_path / "out"))
+    before, after = peer(folder), peer(tmp_path / "out")
+    texts = [text for text in TEXTS if len(text) > 8 and "<" not in text]
+    for name in (None, *prompts):
+        expected = source.encode(texts, prompt_name=name)
+        assert np.array_equal(exported.encode(texts, prompt_name=name), expected)
+        assert_near(before.encode(texts, prompt_name=name), expected)
+        assert_near(after.encode(texts, prompt_name=name), expected)
+
+
+def test_a_chat_template_is_refused(family_folder, tmp_path):
+    """sentence-transformers would pool it, and has none without messages; for the last token it is no other matter."""
+    folder = family_folder("llama-3")
+    RunDescription("published", None, pooling="last", template=("<s>user\n\n", "</s>")).write(folder)
+    with pytest.raises(ValueError, match=r"puts texts into the chat template \('<s>user.*--adapter-only"):
+        export(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize(("prompt", "end"), [("find:\n", ""), ("find: ", "</s>")])
 def test_a_prompt_that_would_be_masked_otherwise_is_refused(family_folder, bos_and_eos, peer, tmp_path, prompt, end):
     """Its last token grows with a text that begins with a line feed; or a token after the text hides its last space."""

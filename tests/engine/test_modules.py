@@ -263,16 +263,18 @@ def test_an_export_says_itself_how_its_vectors_are_made(tiny_llama_folder, tmp_p
     assert np.array_equal(exported.encode(TEXTS, prompt="find: "), source.encode(TEXTS, prompt="find: "))
 
 
-def test_such_a_model_is_exported(fresh_llama_folder, tmp_path):
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_such_a_model_is_exported(fresh_llama_folder, tmp_path, include_prompt):
+    """The space that ends a prompt is left out there too, where it is."""
     edit_json(fresh_llama_folder / "config.json", is_causal=False)
-    folder = write_modules(fresh_llama_folder, include_prompt=True, normalize=True)
+    folder = write_modules(fresh_llama_folder, include_prompt=include_prompt, normalize=True)
     export(folder, tmp_path / "out", dtype="float32")
-    source, exported = load(folder), load(tmp_path / "out")
-    for name in PROMPTS:
-        assert np.array_equal(exported.encode(TEXTS, prompt_name=name), source.encode(TEXTS, prompt_name=name))
-    write_modules(fresh_llama_folder, include_prompt=False)
-    with pytest.raises(ValueError, match=r"the prompt 'query' .* cannot be exported: as many tokens as it has"):
-        export(folder, tmp_path / "other")
+    source, exported, model = load(folder), load(tmp_path / "out"), by_transformers(tmp_path / "out")
+    for name, prompt in PROMPTS.items():
+        vectors = exported.encode(TEXTS, prompt_name=name)
+        assert np.array_equal(vectors, source.encode(TEXTS, prompt_name=name))
+        expected = theirs(model, tmp_path / "out", "mean", prompt, include_prompt=include_prompt)
+        assert_near(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True))
     edit_json(fresh_llama_folder / "config.json", is_causal=None)
     with pytest.raises(ValueError, match="only a bidirectional model can be exported"):
         export(folder, tmp_path / "other")
