@@ -46,6 +46,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "mteb>=2.3"],
+        "gguf": ["gguf>=0.19"],
         "ray": ["ray>=2.56"],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
         "test": [
@@ -54,6 +55,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.150",
             "sentence-transformers>=6",
+            "gguf>=0.19",
             "scikit-learn>=1.5",
             "scipy>=1.13",
             "matplotlib>=3.9",

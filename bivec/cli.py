@@ -234,34 +234,48 @@ def benchmark(
 
 @app.command("export")
 def export_model(
-    output: Annotated[str, typer.Option(help="A new folder.")],
+    output: Annotated[str, typer.Option(help="A new folder, or a new file of --format gguf.")],
     model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
     pooling: Pooling = None,
     max_length: MaxLength = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the written weights. Default: bfloat16, of an adapter alone float32."),
+        Literal["float32", "bfloat16", "float16", "q8_0"] | None,
+        typer.Option(
+            help="Of the written weights; q8_0 (8 bits) of --format gguf alone. "
+            "Default: bfloat16, of an adapter alone float32."
+        ),
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Every vector gets length 1.")] = False,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapters' sum as one adapter in PEFT's format.")
     ] = False,
+    format: Annotated[
+        Literal["folder", "gguf"], typer.Option(help="For transformers and its kin, or one file for llama.cpp.")
+    ] = "folder",
 ) -> None:
     """Merge a model's adapters and write one folder, for bivec, transformers, sentence-transformers and their kin.
 
     Which of them give bivec's vectors is said on stderr; bivec inspect --readers says how.
+    With --format gguf, one file for llama.cpp; what differs there is said on stderr.
 
     Example: bivec export --model runs/supervised --output encoder
     """
     with one_line_errors():
         options: dict[str, Any] = {"adapters": adapter or [], "pooling": pooling, "normalize": normalize}
+        if adapter_only and format == "gguf":
+            raise ValueError("--adapter-only writes PEFT's format, so it does not go with --format gguf")
         if adapter_only:
             from .engine.adapter_export import export_adapter
 
             if max_length is not None:
                 raise ValueError("--max-length has no place in the folder of --adapter-only; give it to bivec embed")
             export_adapter(model, output, dtype=dtype or "float32", **options)
+            return echo(output)
+        if format == "gguf":
+            from .engine.gguf_export import export_gguf
+
+            export_gguf(model, output, max_length=max_length, dtype=dtype or "bfloat16", **options)
             return echo(output)
         from .engine.export import export
         from .engine.readers import readers

@@ -175,6 +175,30 @@ def open_output(
 
 
 @contextmanager
+def open_file(path: Path, inputs: Iterable[Path]) -> Iterator[Path]:
+    """A file that appears whole or not at all: yields a temporary one beside it, locked, which then takes its name.
+
+    Args:
+        path: does not exist.
+    Raises:
+        ValueError: as `refuse_inputs`.
+        FileExistsError: `path` exists, or another run is writing it.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists; name a new file")
+    refuse_inputs(path, inputs)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = AtomicFile(path.with_name(f".{path.name}.partial"))
+        try:
+            yield file.temporary
+            file.finish()
+            file.publish(path)
+        finally:
+            file.abort()
+
+
+@contextmanager
 def open_folder(path: Path, inputs: Iterable[Path], own_names: re.Pattern[str]) -> Iterator[Path]:
     """A folder that appears whole or not at all: yields a temporary one beside it, locked, which then takes its name.
 
