@@ -25,7 +25,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "bivec": ["py.typed"],
-        "bivec.engine": ["default_model/*", "default_model/*/*", "fastest_attention.json"],
+        "bivec.engine": ["default_model/*", "default_model/*/*", "fastest_attention.json", "published.json"],
         "bivec.kernels.attention": ["tiles.json"],
     },
     entry_points={"console_scripts": ["bivec = bivec.cli:main"]},

@@ -1,6 +1,7 @@
 """Which files make up a model: a base checkpoint and the adapters that stand on it, in order."""
 
 import filecmp
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from .json_files import read_object
+from .llm2vec import Llm2VecAdapter, last_part, own_name, read_adapter, read_merged
 from .modules import PublishedModel, read_published
 from .run_folder import RunDescription
 
@@ -38,7 +40,7 @@ class Checkpoint:
     """A base folder, the tokenizer's folder, and adapter folders in the order in which they were trained.
 
     `run` describes the training run on top, whose window, pooling and instruction hold; `base_name` is the base as it
-    was named: folder or hub id.
+    was named: folder or hub id; `found` says line by line what was found, in the order in which it is applied.
     """
 
     name: str
@@ -47,27 +49,62 @@ class Checkpoint:
     tokenizer: Path
     adapters: tuple[Path, ...]
     run: RunDescription | None = None
+    found: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A folder that was named: the adapters that it brings, what these stand on, and the run that it is."""
+    """A folder that was named: the adapters that it brings, what these stand on, and how its vectors are made."""
 
     folder: Path
     adapters: tuple[Path, ...]
+    lines: tuple[str, ...]  # what each adapter is
     base: str | None  # None where the folder is a checkpoint of its own
     run: RunDescription | None
+    is_open: bool = False  # whether others may lie beneath its one adapter, which its files do not name
+    undecided: str = ""  # what is wrong with taking it as it is, where nobody says what lies beneath it
 
     @classmethod
-    def read(cls, folder: Path) -> "_Part":
+    def read(cls, folder: Path, hub: HubOptions, given: Sequence[Path] = ()) -> "_Part":
+        """What a folder brings; `given` are the adapters that it is put on, or the base where there are none."""
         run = RunDescription.read(folder)
         if run is not None and run.base_model is not None:
-            return cls(folder, (*(folder / name for name in run.earlier), folder), run.base_model, run)
+            earlier = tuple(folder / name for name in run.earlier)
+            lines = (*(f"adapter {path}, beneath the next run" for path in earlier), f"{run.stage} run {folder}")
+            return cls(folder, (*earlier, folder), lines, run.base_model, run)
         if run is None and (published := read_published(folder)) is not None:
             folder, run = published.transformer, published
-        if (folder / ADAPTER_FILES[0]).is_file():
-            return cls(folder, (folder,), adapter_base(folder), run)
-        return cls(folder, (), None, run)
+        if not (folder / ADAPTER_FILES[0]).is_file():
+            return cls(folder, (), (), None, run or read_merged(folder))
+        base = adapter_base(folder)
+        ours = read_adapter(folder, base)
+        if ours is None:
+            return cls(folder, (folder,), (f"adapter {folder}",), base, run, is_open=run is None)
+        run = run or ours.description
+        if ours.mntp is not None:
+            mntp = _find_mntp(folder, ours, base, hub, given)
+            if not (mntp / ADAPTER_FILES[0]).is_file():
+                line = f"LLM2Vec adapter {folder}, on MNTP's as it is merged into its base (from {ours.source})"
+                return cls(folder, (folder,), (line,), str(mntp), run)
+            base = _check_mntp(folder, base, mntp)
+            lines = (f"MNTP adapter {mntp} (from {ours.source})", f"LLM2Vec adapter {folder}")
+            return cls(folder, (mntp, folder), lines, base, run)
+        if ours.source:
+            return cls(folder, (folder,), (f"MNTP adapter {folder} (from {ours.source})",), base, run)
+        undecided = (
+            f"{folder / ADAPTER_FILES[0]}: neither it nor the folder's name says whether this adapter of LLM2Vec is "
+            f"MNTP's own or stands on MNTP's; name the order: --model {base} --adapter MNTP --adapter {folder}, or "
+            f"--model {base} --adapter {folder} if it is MNTP's own"
+        )
+        return cls(folder, (folder,), (f"LLM2Vec adapter {folder}",), base, run, is_open=True, undecided=undecided)
+
+    @classmethod
+    def read_whole(cls, folder: Path, hub: HubOptions) -> "_Part":
+        """As `read`, where its own files must say all that lies beneath it; raises ValueError where they do not."""
+        part = cls.read(folder, hub)
+        if part.undecided:
+            raise ValueError(part.undecided)
+        return part
 
     def beneath(self) -> Path | None:
         """The local folder that it stands on; None where that is a hub id, or is not here."""
@@ -85,44 +122,51 @@ def resolve(
 
     Args:
         model: a base checkpoint (folder or hub id), the folder of a training run, or a PEFT or LLM2Vec adapter, whose
-            configuration names its base.
-        adapters: further adapters or runs (folders or hub ids), applied after it. A run brings the adapters that it
-            stands on, its window, pooling and instruction, as it does as `model`.
+            configuration names its base. A later stage of LLM2Vec brings its MNTP adapter: the folder of that name
+            beside it, else the hub's.
+        adapters: further adapters or runs (folders or hub ids), applied after it. A run or a stage of LLM2Vec brings
+            the adapters that it stands on, its window, pooling and instruction, as it does as `model`.
         hub: `revision` applies to `model` alone.
     Raises:
-        FileNotFoundError: no such folder, or the hub has no such repository and none is cached.
+        FileNotFoundError: no such folder, or the hub has no such repository and none is cached; an MNTP adapter that
+            another stands on is not to be had.
         ValueError: an adapter was trained on another base, is there already, or is a run that stands on other
-            adapters than those before it.
+            adapters than those before it; nothing says what an adapter of LLM2Vec stands on.
     """
     hub = hub or HubOptions()
     others = HubOptions(token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only)
-    part = _Part.read(_fetch(str(model), hub))
-    names, tokenizers = [str(model)], [part.folder]
-    chain, run = part.adapters, part.run
+    part = _Part.read_whole(_fetch(str(model), hub), others)
+    names, tokenizers = [str(model)], [part.folder, *reversed(part.adapters)]
+    chain, lines, run = part.adapters, part.lines, part.run
+    named_by = ""
     while part.base is not None:
         if part.base in names:
             raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
         names.append(part.base)
-        part = _Part.read(part.beneath() or _fetch(part.base, others))
-        tokenizers.append(part.folder)
-        chain, run = part.adapters + chain, run or part.run
+        named_by = f", named by {part.folder}"
+        part = _Part.read_whole(part.beneath() or _fetch(part.base, others), others)
+        tokenizers += [part.folder, *reversed(part.adapters)]
+        chain, lines, run = part.adapters + chain, part.lines + lines, run or part.run
     base, base_name = part.folder, names[-1]
     for adapter in [adapters] if isinstance(adapters, str | Path) else adapters:
-        part = _Part.read(_fetch(str(adapter), others))
+        part = _Part.read(_fetch(str(adapter), others), others, chain or (base,))
         if not part.adapters:
             raise FileNotFoundError(f"{part.folder / ADAPTER_FILES[0]} does not exist; an adapter is a PEFT folder")
         names.append(str(adapter))
-        top, brought, described = part, part.adapters, part.run
-        while (under := part.beneath()) is not None and (lower := _Part.read(under)).adapters:
+        top, brought, added, described = part, part.adapters, part.lines, part.run
+        while (under := part.beneath()) is not None and (lower := _Part.read_whole(under, others)).adapters:
             if set(lower.adapters) & set(brought):
                 raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
-            part, brought, described = lower, lower.adapters + brought, described or lower.run
-        alone = len(brought) == 1 and described is None
+            part, brought, added = lower, lower.adapters + brought, lower.lines + added
+            described = described or lower.run
+        alone = len(brought) == 1 and top.is_open
         _check_base(str(adapter), part, None if alone else base, names[:-1])
+        if not alone or described is not None:
+            tokenizers = [*reversed(brought), *tokenizers]
         if alone:
             if any(_same_files(earlier, top.folder, ADAPTER_FILES) for earlier in chain):
                 raise ValueError(f"the adapter {adapter} is there already: {_listed(chain)}")
-            chain += brought
+            chain, lines, run = chain + brought, lines + added, described or run
             continue
         begins = len(chain) < len(brought) and all(
             _same_files(earlier, own, ADAPTER_FILES) for earlier, own in zip(chain, brought, strict=False)
@@ -132,12 +176,77 @@ def resolve(
                 f"{adapter} stands on {_listed(brought[:-1])}, and cannot be put on {_listed(chain)}; "
                 "give it as the model"
             )
-        chain, run = brought, described or run
-        tokenizers.insert(0, top.folder)
+        chain, lines, run = brought, added, described or run
     if isinstance(run, PublishedModel):
         run = run.on(base)
     tokenizer = next((folder for folder in tokenizers if _has_tokenizer(folder)), base)
-    return Checkpoint(str(model), base, base_name, tokenizer, chain, run)
+    order = (f"{place}. {line}" for place, line in enumerate(lines, 1))
+    found = (f"base: {base_name}{named_by}", *order, f"vectors: {_vectors(run)}")
+    return Checkpoint(str(model), base, base_name, tokenizer, chain, run, found)
+
+
+def _vectors(run: RunDescription | None) -> str:
+    """What a model's files say of how its vectors are made."""
+    if run is None:
+        return "nothing is said of them"
+    tokens = "all tokens, or of those after the prompt" if run.pools_special_tokens else "the text's tokens"
+    pooled = f"{run.pooling} of {'all tokens, a prompt too' if run.pools_prompt else tokens}"
+    template = f", template {run.template[0]!r} … {run.template[1]!r}" if any(run.template) else ""
+    return pooled + template + (", of length 1" if run.normalize else "")
+
+
+def _find_mntp(folder: Path, adapter: Llm2VecAdapter, base: str, hub: HubOptions, given: Sequence[Path]) -> Path:
+    """The folder of the MNTP adapter that another stands on.
+
+    It is the one `given` that has its name, or that is the only one and may be MNTP's; else the folder of that name
+    beside it, else the hub's.
+    """
+    assert adapter.mntp is not None
+    name = last_part(adapter.mntp)
+    beside = Path(os.path.abspath(folder)).parent / name
+    for place in given:
+        if last_part(own_name(place)) == name:
+            return place
+    if len(given) == 1 and (given[0] / ADAPTER_FILES[0]).is_file():
+        lower = read_adapter(given[0], adapter_base(given[0]))
+        if lower is not None and lower.mntp is None:
+            return given[0]
+    if beside.is_dir():
+        return beside
+    if "/" not in adapter.mntp:
+        missing, download = None, f"put it at {beside}"
+    else:
+        try:
+            return _fetch(adapter.mntp, hub)
+        except (FileNotFoundError, PermissionError) as error:
+            missing = error
+        cached = "/" in own_name(folder)
+        download = f"hf download {adapter.mntp}" + ("" if cached else f" --local-dir {beside}")
+    raise FileNotFoundError(
+        f"{folder} stands on the MNTP adapter {adapter.mntp} (from {adapter.source}), which is not here: "
+        f"{missing or f'{beside} does not exist'}. Without it the vectors would be wrong; {download}, or name its "
+        f"folder: --model {base} --adapter MNTP --adapter {folder}"
+    ) from missing
+
+
+def _check_mntp(folder: Path, base: str, mntp: Path) -> str:
+    """The base of an adapter and of the MNTP adapter that it stands on; raises ValueError where they cannot be two
+    stages of one stack."""
+    if _same_files(folder, mntp, ADAPTER_FILES):
+        raise ValueError(f"{folder}: its MNTP adapter {mntp} is itself")
+    below, run = adapter_base(mntp), RunDescription.read(mntp)
+    lower = read_adapter(mntp, below)
+    if (lower is not None and lower.mntp is not None) or (run is not None and run.earlier):
+        raise ValueError(f"{folder} stands on {mntp}, which is no MNTP adapter: it stands on another one itself")
+    first, second = (Path(name).expanduser() for name in (base, below))
+    if base == below or (first.is_dir() and second.is_dir() and first.samefile(second)):
+        return base
+    if last_part(base.rstrip("/")) == last_part(own_name(mntp)):  # PEFT names the folder that transformers was given
+        return below
+    raise ValueError(
+        f"{folder / ADAPTER_FILES[0]}: base_model_name_or_path is {base}, but its MNTP adapter {mntp} was trained on "
+        f"{below}; take both adapters of one stack, or write the same base in both files where it is the same"
+    )
 
 
 def _check_base(adapter: str, part: _Part, base: Path | None, names: list[str]) -> None:

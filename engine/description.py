@@ -69,6 +69,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             "name": checkpoint.name,
             "base": str(checkpoint.base),
             "adapters": [str(adapter) for adapter in checkpoint.adapters],
+            "found": {name.rstrip(":"): line for name, _, line in (line.partition(" ") for line in checkpoint.found)},
             "architecture": config.model_type,
             "parameters": f"{parameters:,}",
             "layers": config.num_hidden_layers,

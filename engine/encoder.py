@@ -128,7 +128,7 @@ class Encoder:
             backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
             backend_reason = "asked for"
         if max_length is None:
-            max_length = own_max_length(checkpoint.tokenizer)
+            max_length = own_max_length(checkpoint)
         max_length = min(max_length, config.max_position_embeddings)
         run = checkpoint.run
         tokenizer = TextTokenizer(

@@ -72,7 +72,7 @@ def export(
         )
     prompts, default_prompt = _exported_prompts(checkpoint, run)
     if max_length is None:
-        max_length = own_max_length(checkpoint.tokenizer)
+        max_length = own_max_length(checkpoint)
     max_length = min(max_length, config.max_position_embeddings)
     tokenizer = TextTokenizer(
         load_tokenizer(checkpoint.tokenizer, config.vocab_size),

@@ -21,8 +21,10 @@ from typing import NamedTuple
 import tokenizers
 import transformers
 
+from .checkpoints import Checkpoint
 from .config import LLAMA_BIDIREC
 from .json_files import read_object
+from .llm2vec import own_llm2vec_length
 from .modules import MAX_LENGTH_FILE, MODULES_FILE
 
 # what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
@@ -275,11 +277,16 @@ def _known_kind(folder: Path) -> transformers.LlamaConfig | None:
     return transformers.LlamaConfig() if is_unknown else None
 
 
-def own_max_length(folder: Path) -> int:
-    """Tokens a text is cut to where nobody says: what a folder in sentence-transformers' layout says, else 512.
+def own_max_length(checkpoint: Checkpoint) -> int:
+    """Tokens a text is cut to where nobody says: what LLM2Vec's or sentence-transformers' files say, else 512.
 
-    There it is the tokenizer's `model_max_length` where `max_seq_length` does not stand, which may be beyond any model.
+    In the latter's layout it is the tokenizer's `model_max_length` where `max_seq_length` does not stand, which may be
+    beyond any model.
     """
+    length = own_llm2vec_length((checkpoint.base, *checkpoint.adapters)[-1])
+    if length is not None:
+        return length
+    folder = checkpoint.tokenizer
     if (folder / MAX_LENGTH_FILE).is_file() or (folder / MODULES_FILE).is_file():
         for name, key in ((MAX_LENGTH_FILE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
             path = folder / name

@@ -77,23 +77,29 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
-def family_folder(make_checkpoint, tmp_path):
+@pytest.fixture(scope="session")
+def family_folder_in(make_checkpoint):
     """Makes a checkpoint with a family's tokenizer, and the chat template that instruction-tuned models have."""
 
-    def make(family: str, *added: AddedToken) -> Path:
+    def make(folder: Path, family: str, *added: AddedToken) -> Path:
         architecture, tokenizer_class, make_tokenizer, bos, eos = FAMILIES[family]
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(list(added))
         if family.startswith("qwen"):
             tokenizer.normalizer = normalizers.NFC()
-        folder = make_checkpoint(tmp_path / "model", architecture, vocab_size=tokenizer.get_vocab_size())
+        make_checkpoint(folder, architecture, vocab_size=tokenizer.get_vocab_size())
         tokenizer.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": tokenizer_class, "eos_token": eos, "chat_template": "{{ messages }} and more"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config | ({"bos_token": bos} if bos else {})))
         return folder
 
     return make
+
+
+@pytest.fixture
+def family_folder(family_folder_in, tmp_path):
+    """As `family_folder_in`, in a folder of the test's own."""
+    return lambda family, *added: family_folder_in(tmp_path / "model", family, *added)
 
 
 @pytest.fixture(scope="session")
