@@ -120,11 +120,11 @@ def judge_tei(files: ModelFiles) -> Verdict:
         found.notes.append(
             f"texts are cut to {config['max_position_embeddings']} tokens there, not to {files.max_length}"
         )
-    found.notes.append(
-        "CUDA images alone, in float16 with flash attention: the CPU's refuses it, ROCm's and HPU's are causal"
-        if files.bidirectional
-        else "CUDA images alone, in float16 with flash attention"
-    )
+    # candle/src/lib.rs; Python images run transformers 4, or attention that is causal by itself
+    computes = "CUDA images compute it in float16; the CPU's refuses it"
+    if kind == "qwen3":
+        computes = "CUDA images compute it in float16, the CPU's in float32"
+    found.notes.append(computes + "; ROCm's, HPU's and Intel's are causal, without a word" * files.bidirectional)
     if files.prompts and not files.prompts_left_out:
         found.notes.append(f'requests name their prompt ("prompt_name", one of {named_prompts(files)})')
     if not files.normalize:
@@ -154,11 +154,14 @@ def _judge_tei_config(files: ModelFiles, found: Findings) -> None:
         found.refuse("rope_parameters in config.json must have rope_theta and rope_type", export_helps=True)
     elif config.get("rope_theta") is None and not parameters:
         found.refuse("config.json must have rope_theta", export_helps=True)
-    if files.rope_type != "default":
-        # lib.rs refuses rope_scaling of Llama; of rope_parameters rope_theta alone is read (rotary.rs)
-        refuses = bool(config.get("rope_scaling")) and kind.startswith("llama")
-        how = "refuses to start" if refuses else "leaves the scaling out, without a word"
-        found.refuse(f"its rope is of type {files.rope_type!r}: TEI {how}")
+    scaled = bool(config.get("rope_scaling"))
+    if files.rope_type != "default" and not (kind == "mistral" and scaled and files.rope_type == "llama3"):
+        # lib.rs refuses a Llama's rope_scaling; flash_mistral.rs takes it for llama3's or NTK's; rope_parameters are
+        # read for their theta alone (rotary.rs)
+        does = "leaves the scaling out, without a word"
+        if scaled and kind != "qwen2" and kind != "qwen3":
+            does = "scales it otherwise, without a word" if kind == "mistral" else "refuses to start"
+        found.refuse(f"its rope is of type {files.rope_type!r}: TEI {does}")
     if files.length_file is not None and not isinstance(files.length_file.get("max_seq_length"), int):
         found.refuse("sentence_bert_config.json must have max_seq_length", export_helps=True)
 
@@ -185,24 +188,28 @@ def _judge_tei_shapes(files: ModelFiles, found: Findings) -> None:
 
 
 def judge_llama_cpp(files: ModelFiles) -> Verdict:
-    found = Findings()
+    found, config = Findings(), files.config
     _judge_server_pooling(files, found, _LLAMA_CPP_POOLING)
     if not files.bidirectional:
         found.refuse("bivec exports bidirectional models alone")
-    if files.narrowed:
-        found.refuse(f"its Llama, Mistral and Qwen slide no window ({files.sliding_window} tokens here)")
-    pooling = _LLAMA_CPP_POOLING.get(files.pooling)
-    # tools/server/server-context.cpp: a text that attends to its end is one physical batch
-    flags = [
-        "--embeddings",
-        f"--pooling {pooling}",
-        f"--batch-size {files.max_length}",
-        f"--ubatch-size {files.max_length}",
-    ]
+    if files.prompts_left_out and files.default_prompt is not None:
+        found.refuse(f"the prompt {files.default_prompt!r} stands before every text, and would be pooled with it")
+    # what `bivec export --format gguf` refuses, as llama.cpp's Qwen has none of these
+    if config["model_type"] in ("qwen2", "qwen3"):
+        if files.rope_type == "llama3" or (config["model_type"] == "qwen3" and config.get("attention_bias")):
+            found.refuse("its Qwen has no rope of type 'llama3' and no bias in o_proj")
+        if config["model_type"] == "qwen2" and files.head_dim * config["num_attention_heads"] != config["hidden_size"]:
+            found.refuse(f"head_dim must be hidden_size / num_attention_heads, got {files.head_dim}")
+    # it slides no window over these models: as much is right as all of a window sees
+    length = min(files.max_length, files.sliding_window or files.max_length)
+    # tools/server/server-context.cpp: a text that is seen whole must lie in one physical batch
+    flags = ["--embeddings", f"--pooling {_LLAMA_CPP_POOLING.get(files.pooling)}"]
+    flags += [f"--batch-size {length}", f"--ubatch-size {length}"]
     if not files.normalize:
         flags.append("--embd-normalize -1")
     found.flags += flags
-    found.notes.append(f"texts longer than {files.max_length} tokens are refused")
+    found.notes.append(f"texts longer than {length} tokens are refused")
+    found.notes.append("the export refuses tokenizers that llama.cpp does not know")
     if files.prompts and not files.prompts_left_out:
         found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand")
     file = shlex.quote(f"{files.path}.gguf")

@@ -37,7 +37,9 @@ CONFIG = {
     "use_bidirectional_attention": True,
 }
 QWEN = {"attention_bias": False, "use_sliding_window": False}
+SLIDING = {"model_type": "qwen2", "architectures": ["Qwen2Model"], "use_sliding_window": True, "sliding_window": 10}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 512}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 PROMPTS = {"prompts": {"query": "find: ", "document": ""}}
 LENGTH = {"max_seq_length": 512, "do_lower_case": False}
 
@@ -306,8 +308,69 @@ RULES = [
     ("llama.cpp", {"1_Pooling/config.json": pooling("lasttoken")}, "with flags", "--pooling last"),
     ("llama.cpp", {"1_Pooling/config.json": pooling("weightedmean_tokens")}, "no", "no pooling 'weighted_mean'"),
     ("llama.cpp", {"config_sentence_transformers.json": PROMPTS}, "no", "its prompts ('query') would be pooled"),
-    ("llama.cpp", {"config.json": {"model_type": "mistral", "sliding_window": 100}}, "no", "slide no window (100"),
+    (
+        "llama.cpp",
+        {"config.json": {"model_type": "mistral", "sliding_window": 100}},
+        "with flags",
+        "--batch-size 100 --ubatch-size 100",
+    ),
     ("llama.cpp", {"config.json": {"is_causal": ...}}, "no", "bidirectional models alone"),
+    ("llama.cpp", {"config.json": QWEN | {"model_type": "qwen3", "rope_scaling": LLAMA3}}, "no", "no rope of type"),
+    ("llama.cpp", {"config.json": {"rope_scaling": LLAMA3}}, "with flags", "--pooling mean"),
+    ("llama.cpp", {"config.json": {"model_type": "qwen3", "attention_bias": True}}, "no", "no bias in o_proj"),
+    ("llama.cpp", {"config.json": {"model_type": "llama", "attention_bias": True}}, "with flags", "--pooling mean"),
+    ("llama.cpp", {"config.json": {"model_type": "qwen2", "head_dim": 32}}, "no", "head_dim must be"),
+    ("llama.cpp", {"config.json": {"model_type": "qwen3", "head_dim": 32}}, "with flags", "--pooling mean"),
+    (
+        "llama.cpp",
+        {"config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"}},
+        "no",
+        "the prompt 'query' stands before every text",
+    ),
+    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_scaling": LLAMA3}}, "yes", ""),
+    (
+        "TEI",
+        {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_parameters": LLAMA3}},
+        "no",
+        "leaves the scaling out, without a word",
+    ),
+    (
+        "TEI",
+        {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_scaling": LINEAR}},
+        "no",
+        "scales it otherwise, without a word",
+    ),
+    ("TEI", {"config.json": QWEN | {"model_type": "qwen3", "head_dim": 16}}, "yes", "the CPU's in float32"),
+    (
+        "TEI",
+        {"config.json": QWEN | {"model_type": "qwen3"}},
+        "no",
+        "head_dim must be hidden_size / num_attention_heads",
+    ),
+    ("transformers", {"bivec.json": RUN | {"window": [-1, 0]}}, "no", "bivec.json a causal window"),
+    ("transformers", {"sentence_bert_config.json": {"max_seq_length": 5000}}, "yes", "max_length=1024"),
+    (
+        "sentence-transformers",
+        {"config_sentence_transformers.json": PROMPTS, "bivec.json": RUN | {"normalize": True, "pools_prompt": True}},
+        "no",
+        "1_Pooling/config.json leaves prompts out of pooling, bivec.json does not",
+    ),
+    (
+        "vLLM",
+        {"bivec.json": RUN | {"normalize": True, "pooling": "last"}},
+        "with flags",
+        '\'{"pooling_type": "LAST"}\'',
+    ),
+    ("vLLM", {"bivec.json": RUN | {"normalize": True, "instruction": "find:"}}, "no", "its prompts ('query') would be"),
+    ("vLLM", {"config.json": SLIDING | {"layer_types": ["sliding_attention"] * 2}}, "no", "9 tokens to either side"),
+    ("vLLM", {"config.json": SLIDING | {"layer_types": ["full_attention"] * 2}}, "yes", ""),
+    (
+        "vLLM",
+        {"config.json": SLIDING | {"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}},
+        "no",
+        "some of its layers slide a window and some do not",
+    ),
+    ("TEI", {}, "yes", "the CPU's refuses it; ROCm's, HPU's and Intel's are causal"),
 ]
 
 
@@ -352,6 +415,7 @@ def test_a_causal_model_of_others_is_causal_everywhere(tmp_path):
     found = judge(tmp_path, {"config.json": causal, "1_Pooling/config.json": pooling("lasttoken", include_prompt=True)})
     assert [verdict.verdict for verdict in found.values()] == ["yes", "yes", "yes", "yes", "no"]
     assert "is_causal" not in found["transformers"].command + found["vLLM"].command
+    assert "without a word" not in "".join(found["TEI"].reasons)
     found = judge(tmp_path, {"config.json": causal | {"use_bidirectional_attention": True}})
     assert (found["TEI"].verdict, found["TEI"].command) == ("no", "")
     assert "with use_bidirectional_attention: true in config.json it is bidirectional" in found["TEI"].reasons[0]
@@ -522,51 +586,55 @@ def test_an_export_says_who_reads_it(tiny_llama_folder, tmp_path):
     assert lines[-1] == f"commands: bivec inspect --readers --model {output}"
 
 
-@pytest.fixture(params=["exported", "base"])
-def run_here(request, checkpoint_folders, tmp_path):
-    """Runs what is printed for a Python reader of a folder; returns its variables and bivec's encoder."""
+@pytest.fixture
+def exported(checkpoint_folders, tmp_path):
+    """Exports a run of a checkpoint, which has a description; returns the folder."""
 
-    def run(reader, architecture, pooling="mean", **description):
-        folder = checkpoint_folders[architecture]
-        if request.param == "exported" or description or pooling != "mean":
-            source = tmp_path / "run"
-            source.mkdir()
-            for path in folder.iterdir():
-                (source / path.name).symlink_to(path)
-            RunDescription("supervised", None, pooling=pooling, **description).write(source)
-            folder = tmp_path / "it's out"
-            export(source, folder, dtype="float32")
-        verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
-        if reader == "sentence-transformers" and folder in checkpoint_folders.values():
-            # it cannot be told what the configuration does not say
-            assert verdict.verdict == "no"
-            folder = tmp_path / "told"
-            shutil.copytree(checkpoint_folders[architecture], folder)
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
-            verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
-        expected = "yes" if (folder / "modules.json").exists() else "with flags"
-        assert verdict.verdict == expected, verdict
-        names: dict = {}
-        exec(verdict.command, names)
-        return names, Encoder.from_pretrained(folder, dtype="float32")
+    def run(architecture, **description):
+        source = tmp_path / "run"
+        shutil.copytree(checkpoint_folders[architecture], source)
+        RunDescription("supervised", None, **description).write(source)
+        export(source, tmp_path / "it's out", dtype="float32")
+        return tmp_path / "it's out"
 
     return run
 
 
+def run_here(folder, reader, expected):
+    """Runs what is printed for a Python reader; returns its variables, and bivec's encoder."""
+    verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
+    assert verdict.verdict == expected, verdict
+    names: dict = {}
+    exec(verdict.command, names)
+    return names, Encoder.from_pretrained(folder, dtype="float32")
+
+
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last", "first"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_transformers_gives_these_vectors(run_here, architecture, pooling):
-    names, encoder = run_here("transformers", architecture, pooling)
-    vectors = names["vectors"].detach().numpy()
-    assert np.abs(vectors - encoder.encode(["a text", "another"])).max() < 1e-5
+@pytest.mark.parametrize(("architecture", "description"), [("llama", {}), ("qwen3", {"normalize": True})])
+def test_transformers_gives_these_vectors(exported, architecture, description, pooling):
+    folder = exported(architecture, pooling=pooling, **description)
+    names, encoder = run_here(folder, "transformers", "yes")
+    assert np.abs(names["vectors"].detach().numpy() - encoder.encode(["a text", "another"])).max() < 1e-5
 
 
-@pytest.mark.parametrize(("pooling", "instruction"), [("mean", "find:"), ("mean", ""), ("last", "find:")])
-def test_sentence_transformers_gives_these_vectors(run_here, pooling, instruction):
+@pytest.mark.parametrize(
+    "description", [{"instruction": "find:"}, {"normalize": True}, {"instruction": "find:", "pooling": "last"}]
+)
+def test_sentence_transformers_gives_these_vectors(exported, description):
     pytest.importorskip("sentence_transformers")
-    names, encoder = run_here(
-        "sentence-transformers", "mistral", pooling, **({"instruction": instruction} if instruction else {})
-    )
+    names, encoder = run_here(exported("mistral", **description), "sentence-transformers", "yes")
     assert np.abs(names["queries"] - encoder.encode_query(["a question"])).max() < 1e-5
     assert np.abs(names["documents"] - encoder.encode_document(["a text"])).max() < 1e-5
+
+
+def test_a_base_is_read_where_it_can_be_told(checkpoint_folders, tmp_path):
+    """It has no padding token, no length and no word on its mask, of which sentence-transformers must find the last."""
+    names, encoder = run_here(checkpoint_folders["mistral"], "transformers", "with flags")
+    assert np.abs(names["vectors"].detach().numpy() - encoder.encode(["a text", "another"])).max() < 1e-5
+    pytest.importorskip("sentence_transformers")
+    assert readers(checkpoint_folders["mistral"])[1].verdict == "no"
+    shutil.copytree(checkpoint_folders["mistral"], tmp_path / "told")
+    config = json.loads((tmp_path / "told" / "config.json").read_text())
+    (tmp_path / "told" / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    names, encoder = run_here(tmp_path / "told", "sentence-transformers", "with flags")
+    assert np.abs(names["documents"] - encoder.encode(["a text"])).max() < 1e-5
