@@ -272,7 +272,7 @@ class Encoder:
         return self.encode(sentences, prompt_name, prompt, **arguments)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Cosine similarities, float32 `(N, M)`, of two sets of vectors."""
+        """Cosine similarities, float32 `(N, M)`, of two sets of vectors, whatever `similarity_fn_name` a model has."""
         first, second = (
             torch.nn.functional.normalize(torch.atleast_2d(torch.as_tensor(embeddings)).float(), dim=-1)
             for embeddings in (embeddings1, embeddings2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -112,7 +113,8 @@ def theirs(
         mask[place, : len(row)] = 1
     with torch.no_grad():
         states = model.eval()(input_ids=ids, attention_mask=mask).last_hidden_state
-    begin = 0 if include_prompt or not prompt else len(tokenizer(prompt)["input_ids"])
+    alone = [] if include_prompt or not prompt else tokenizer(prompt)["input_ids"]
+    begin = len(alone) - (alone[-1:] == [tokenizer.eos_token_id])
     weights = torch.arange(1.0, ids.shape[1] + 1)
     vectors = []
     for place, row in enumerate(rows):
@@ -165,6 +167,26 @@ def test_prompts_are_pooled_as_the_files_say(fresh_llama_folder, include_prompt,
         assert_near(encoder.encode(TEXTS, prompt_name=name), expected)
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
+def test_a_token_after_the_text_is_none_of_the_prompts(fresh_llama_folder, mode):
+    """sentence-transformers counts it out of the prompt's tokens."""
+    folder = write_modules(fresh_llama_folder, mode=mode, include_prompt=False)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = theirs(by_transformers(folder), folder, mode, "find: ", include_prompt=False)
+    assert_near(load(folder).encode(TEXTS, prompt_name="query"), expected)
+
+
+def test_the_last_token_needs_no_count(fresh_llama_folder):
+    """Where sentence-transformers leaves out a text's only token and gives zeros."""
+    folder = write_modules(fresh_llama_folder, mode="lasttoken", include_prompt=False)
+    word, whole = (load(folder).encode("dog", prompt_name="query"), load(folder).encode("find: dog"))
+    assert np.array_equal(word, whole)
+
+
 def test_a_text_that_the_count_leaves_nothing_of_is_named(fresh_llama_folder):
     """The prompt has a space alone that a single token of a text would have joined."""
     encoder = load(write_modules(fresh_llama_folder, include_prompt=False))
@@ -215,6 +237,11 @@ def test_the_length_is_the_files(fresh_llama_folder):
     assert_near(load(folder).encode(TEXTS), theirs(by_transformers(folder), folder, "mean", max_length=30))
     edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
     assert load(folder).max_length == 256
+
+
+def test_a_bare_checkpoints_length_is_no_tokenizers(fresh_llama_folder):
+    edit_json(fresh_llama_folder / "tokenizer_config.json", model_max_length=30)
+    assert load(fresh_llama_folder).max_length == 256
 
 
 def test_the_transformer_may_have_a_folder_of_its_own(make_checkpoint, tmp_path):
