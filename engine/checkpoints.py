@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .llm2vec import Llm2VecAdapter, last_part, own_name, read_adapter, read_merged
 from .modules import PublishedModel, read_published
@@ -192,7 +193,8 @@ def _vectors(run: RunDescription | None) -> str:
     tokens = "all tokens, or of those after the prompt" if run.pools_special_tokens else "the text's tokens"
     pooled = f"{run.pooling} of {'all tokens, a prompt too' if run.pools_prompt else tokens}"
     template = f", template {run.template[0]!r} … {run.template[1]!r}" if any(run.template) else ""
-    return pooled + template + (", of length 1" if run.normalize else "")
+    mask = "" if run.window == BIDIRECTIONAL else ", causal" if run.window == CAUSAL else f", window {run.window}"
+    return pooled + template + (", of length 1" if run.normalize else "") + mask
 
 
 def _find_mntp(folder: Path, adapter: Llm2VecAdapter, base: str, hub: HubOptions, given: Sequence[Path]) -> Path:

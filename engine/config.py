@@ -42,11 +42,11 @@ _UNSUPPORTED_KEYS: dict[str, tuple] = {
     "num_local_experts": (None, 0),
 }
 
-# classes of remote code that are a Llama without the causal mask, by auto class: LLM2Vec's, in merged saves, and
-# NVIDIA's, from its file on the hub or NeMo Automodel's; a repository may stand before each
+# classes of remote code that only leave the causal mask out, by auto class: LLM2Vec's, in merged saves, and NVIDIA's,
+# from its file on the hub or NeMo Automodel's; a repository may stand before each
 _KNOWN_CLASSES = {
     "AutoModel": (
-        r"(McGill-NLP/[\w.-]+--)?modeling_llama_encoder\.LlamaEncoderModel",
+        r"(McGill-NLP/[\w.-]+--)?modeling_(llama_encoder\.Llama|mistral_encoder\.Mistral)EncoderModel",
         r"(nvidia/[\w.-]+--)?(llama_bidirectional_)?model\.LlamaBidirectionalModel",
     ),
     "AutoConfig": (r"(nvidia/[\w.-]+--)?(llama_bidirectional_)?model\.LlamaBidirectionalConfig",),

@@ -163,7 +163,11 @@ def _check_model(folder: Path) -> None:
 
 
 def _check_transformer(folder: Path) -> None:
-    """That `sentence_bert_config.json` asks for plain last hidden states of plain text."""
+    """That the files ask for plain last hidden states of plain text, which is cut at its end."""
+    path = folder / "tokenizer_config.json"
+    side = read_object(path).get("truncation_side", "right") if path.is_file() else "right"
+    if side != "right":
+        raise ValueError(f"{path}: truncation_side must be right, got {side!r:.80}; use sentence-transformers")
     path = folder / MAX_LENGTH_FILE
     if not path.is_file():
         return

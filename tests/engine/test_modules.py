@@ -209,6 +209,7 @@ def test_the_mask_is_what_transformers_makes_of_the_configuration(
     causal = is_causal is not False
     assert encoder.windows == (encoder.config.causal_windows if causal else encoder.config.bidirectional_windows)
     assert encoder.describe()["encoding"]["mask"].startswith("causal" if causal else "bidirectional")
+    assert encoder.checkpoint.found[-1] == "vectors: last of all tokens, a prompt too" + ", causal" * causal
     assert_near(encoder.encode(TEXTS), theirs(by_transformers(folder), folder, "lasttoken"))
 
 
@@ -362,11 +363,11 @@ def nvidia(folder: Path, **changes) -> Path:
     return folder
 
 
-def bidirectional(folder: Path):
-    """transformers' Llama of the same weights, without the causal mask."""
-    config = transformers.LlamaConfig.from_pretrained(folder)
+def bidirectional(folder: Path, kind: str = "Llama"):
+    """transformers' model of the same weights, without the causal mask."""
+    config = getattr(transformers, f"{kind}Config").from_pretrained(folder)
     config.is_causal = False
-    return transformers.LlamaModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    return getattr(transformers, f"{kind}Model").from_pretrained(folder, config=config, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("pooling", "mode"), [("avg", "mean"), (None, "mean"), ("last", "lasttoken"), ("cls", "cls")])
@@ -405,13 +406,15 @@ def test_llama_bidirec_with_modules(fresh_llama_folder, auto_map):
     assert_near(encoder.encode(TEXTS, prompt_name="query"), expected)
 
 
-def test_merged_saves_of_llm2vec(fresh_llama_folder):
-    """Its class is a Llama without the causal mask; BOS is pooled where modules.json has sentence-transformers' way."""
-    auto_map = {"AutoModel": "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp--modeling_llama_encoder.LlamaEncoderModel"}
-    edit_json(fresh_llama_folder / "config.json", auto_map=auto_map)
-    expected = theirs(bidirectional(fresh_llama_folder), fresh_llama_folder, "mean")
-    assert not load(fresh_llama_folder).checkpoint.run.pools_special_tokens
-    assert_near(load(write_modules(fresh_llama_folder)).encode(TEXTS), expected)
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+def test_merged_saves_of_llm2vec(checkpoint_folders, tmp_path, kind):
+    """Its classes have no causal mask; BOS is pooled where modules.json has sentence-transformers' way."""
+    folder = shutil.copytree(checkpoint_folders[kind.lower()], tmp_path / "model")
+    code = f"McGill-NLP/LLM2Vec-some-mntp--modeling_{kind.lower()}_encoder.{kind}EncoderModel"
+    edit_json(folder / "config.json", auto_map={"AutoModel": code})
+    expected = theirs(bidirectional(folder, kind), folder, "mean")
+    assert not load(folder).checkpoint.run.pools_special_tokens
+    assert_near(load(write_modules(folder)).encode(TEXTS), expected)
 
 
 @pytest.mark.parametrize(
@@ -480,6 +483,7 @@ CHAT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         (TRANSFORMER, {"max_seq_length": -1}, "max_seq_length must be a number of tokens, got -1"),
         (TRANSFORMER, {"method": "forward"}, "method is not known, got 'forward'"),
         ("tokenizer_config.json", {"model_max_length": "40"}, "model_max_length must be a number of tokens, got '40'"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side must be right, got 'left'"),
         (MODEL, {"model_type": "SparseEncoder"}, "model_type must be SentenceTransformer, got 'SparseEncoder'"),
         (MODEL, {"truncate_dim": 32}, "truncate_dim is not applied .*; remove it there and give it to encode"),
         ("config.json", {"is_causal": 0}, "is_causal must be true or false, got 0"),
