@@ -41,11 +41,11 @@ def judge_vllm(files: ModelFiles) -> Verdict:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name not in _VLLM_CLASSES:
         found.refuse(f"architectures in config.json must name one that it serves, got {names!r:.80}", export_helps=True)
-    own = any(kind in _VLLM_POOLING_TYPES for _, _, kind in files.modules or ())
+    own = any(kind in _VLLM_POOLING_TYPES for kind in files.modules or ())
     pooler: dict[str, str | bool] = {}
     if name == "LlamaBidirectionalModel":
         # LlamaBidirectionalConfig in models/config.py overrules every other word on mask and pooling
-        expected = {"mean": "avg", "last": "last", "first": "cls"}.get(files.pooling)
+        expected = {"mean": "avg", "last": "last", "first": "cls"}.get(files.run.pooling)
         if config.get("pooling") != expected:
             found.refuse(
                 f"pooling in config.json must be {expected!r}, got {config.get('pooling')!r:.80}", export_helps=True
@@ -53,14 +53,14 @@ def judge_vllm(files: ModelFiles) -> Verdict:
     else:
         if not own and str(name).endswith("ForCausalLM"):
             found.flags.append("--runner pooling --convert embed")
-        if not own or files.said_pooling != files.pooling:
-            pooler["pooling_type"] = _VLLM_POOLING.get(files.pooling, "")
+        if not own or files.said_pooling != files.run.pooling:
+            pooler["pooling_type"] = _VLLM_POOLING.get(files.run.pooling, "")
         if is_causal_missing(files):
             # llama.py:280, qwen2.py:257, qwen3.py:197; Mistral's layers are Llama's
             found.flags.append(f"--hf-overrides {shlex.quote(json.dumps({'is_causal': False}))}")
     # without modules.json vectors are normalised, with it as it says
-    if files.normalize != (files.has_normalize if own else True):
-        pooler["use_activation"] = files.normalize
+    if files.run.normalize != (files.has_normalize if own else True):
+        pooler["use_activation"] = files.run.normalize
     if pooler:
         found.flags.append(f"--pooler-config {shlex.quote(json.dumps(pooler))}")
     if files.dtype == "float32":
@@ -72,15 +72,13 @@ def judge_vllm(files: ModelFiles) -> Verdict:
         found.refuse("max_seq_length in sentence_bert_config.json must be a number, got null", export_helps=True)
     elif length != files.max_length:
         found.flags.append(f"--max-model-len {files.max_length}")
-    if files.sliding_window is not None and files.narrowed and files.bidirectional:
+    window = files.sliding_window
+    if window is not None and window < files.max_length and files.bidirectional:
         # v1/attention/backends/flash_attn.py: one token less to either side
-        found.refuse(
-            f"its layers see {files.sliding_window - 1} tokens to either side there, not {files.sliding_window}"
-        )
-    layers = config.get("layer_types")
-    if files.sliding_window is not None and isinstance(layers, list) and len(set(map(str, layers))) > 1:
+        found.refuse(f"its layers see {window - 1} tokens to either side there, not {window}")
+    if len(set(files.shape.sliding_windows)) > 1:
         found.refuse("some of its layers slide a window and some do not, which it refuses")
-    if config["model_type"] == "qwen3" and config.get("attention_bias"):
+    if files.shape.model_type == "qwen3" and files.shape.output_bias:
         found.refuse("its Qwen3 has no bias in o_proj")
     found.notes.append(
         f'texts longer than {files.max_length} tokens are refused unless requests say "truncate_prompt_tokens": -1'
@@ -110,15 +108,15 @@ def judge_tei(files: ModelFiles) -> Verdict:
     _judge_tei_config(files, found)
     _judge_tei_shapes(files, found)
     said = _tei_pooling(files.pooling_config)
-    if files.pooling in _TEI_POOLING and said != files.pooling:
-        found.flags.append(f"--pooling {_TEI_POOLING[files.pooling]}")
+    if files.run.pooling in _TEI_POOLING and said != files.run.pooling:
+        found.flags.append(f"--pooling {_TEI_POOLING[files.run.pooling]}")
     if files.max_length > _TEI_BATCH_TOKENS:
         found.flags.append(f"--max-batch-tokens {files.max_length}")
     if files.default_prompt is not None:
         found.flags.append(f"--default-prompt-name {shlex.quote(files.default_prompt)}")
     if files.length_file is None:
         found.notes.append(
-            f"texts are cut to {config['max_position_embeddings']} tokens there, not to {files.max_length}"
+            f"texts are cut to {files.shape.max_position_embeddings} tokens there, not to {files.max_length}"
         )
     # candle/src/lib.rs; Python images run transformers 4, or attention that is causal by itself
     computes = "CUDA images compute it in float16; the CPU's refuses it"
@@ -127,7 +125,7 @@ def judge_tei(files: ModelFiles) -> Verdict:
     found.notes.append(computes + "; ROCm's, HPU's and Intel's are causal, without a word" * files.bidirectional)
     if files.prompts and not files.prompts_left_out:
         found.notes.append(f'requests name their prompt ("prompt_name", one of {named_prompts(files)})')
-    if not files.normalize:
+    if not files.run.normalize:
         found.notes.append(
             '/embed gives vectors of length 1 unless a request says "normalize": false, /v1/embeddings always'
         )
@@ -154,14 +152,14 @@ def _judge_tei_config(files: ModelFiles, found: Findings) -> None:
         found.refuse("rope_parameters in config.json must have rope_theta and rope_type", export_helps=True)
     elif config.get("rope_theta") is None and not parameters:
         found.refuse("config.json must have rope_theta", export_helps=True)
-    scaled = bool(config.get("rope_scaling"))
-    if files.rope_type != "default" and not (kind == "mistral" and scaled and files.rope_type == "llama3"):
+    scaled, rope = bool(config.get("rope_scaling")), files.shape.rope.rope_type
+    if rope != "default" and not (kind == "mistral" and scaled and rope == "llama3"):
         # lib.rs refuses a Llama's rope_scaling; flash_mistral.rs takes it for llama3's or NTK's; rope_parameters are
         # read for their theta alone (rotary.rs)
         does = "leaves the scaling out, without a word"
         if scaled and kind != "qwen2" and kind != "qwen3":
             does = "scales it otherwise, without a word" if kind == "mistral" else "refuses to start"
-        found.refuse(f"its rope is of type {files.rope_type!r}: TEI {does}")
+        found.refuse(f"its rope is of type {rope!r}: TEI {does}")
     if files.length_file is not None and not isinstance(files.length_file.get("max_seq_length"), int):
         found.refuse("sentence_bert_config.json must have max_seq_length", export_helps=True)
 
@@ -169,17 +167,19 @@ def _judge_tei_config(files: ModelFiles, found: Findings) -> None:
 def _judge_tei_shapes(files: ModelFiles, found: Findings) -> None:
     """What its models compute: flash_mistral.rs (of Llama too), flash_qwen2.rs and flash_qwen3.rs."""
     config, kind = files.config, files.config["model_type"]
-    per_head = config["hidden_size"] / config["num_attention_heads"]
+    shape = files.shape
+    per_head = shape.hidden_size / shape.num_attention_heads
     explicit = kind == "qwen3" and config.get("head_dim") is not None
-    if files.head_dim != per_head and not explicit:
-        found.refuse(f"head_dim must be hidden_size / num_attention_heads ({per_head:g}), got {files.head_dim}")
-    if files.head_dim % 8 or files.head_dim > 256:
-        found.refuse(f"its flash attention takes heads of a multiple of 8 up to 256, got {files.head_dim}")
-    biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind not in ("mistral", "qwen2")]
-    if biased:
-        found.refuse(f"it has no biases: those of {biased[0]} would be left out, without a word")
+    if shape.head_dim != per_head and not explicit:
+        found.refuse(f"head_dim must be hidden_size / num_attention_heads ({per_head:g}), got {shape.head_dim}")
+    if shape.head_dim % 8 or shape.head_dim > 256:
+        found.refuse(f"its flash attention takes heads of a multiple of 8 up to 256, got {shape.head_dim}")
+    if shape.output_bias or shape.mlp_bias:
+        biased = "attention_bias" if shape.output_bias else "mlp_bias"
+        found.refuse(f"it has no biases: those of {biased} would be left out, without a word")
     if kind.startswith("qwen") and config.get("use_sliding_window"):
         found.refuse("it refuses use_sliding_window")
+    # of a Llama transformers reads none
     window = config.get("sliding_window") if kind.startswith("llama") else files.sliding_window
     if not kind.startswith("qwen") and isinstance(window, int) and window < files.max_length:
         found.refuse(f"its sliding window ({window}) is another there than in transformers")
@@ -188,24 +188,23 @@ def _judge_tei_shapes(files: ModelFiles, found: Findings) -> None:
 
 
 def judge_llama_cpp(files: ModelFiles) -> Verdict:
-    found, config = Findings(), files.config
+    found, shape = Findings(), files.shape
     _judge_server_pooling(files, found, _LLAMA_CPP_POOLING)
     if not files.bidirectional:
         found.refuse("bivec exports bidirectional models alone")
     if files.prompts_left_out and files.default_prompt is not None:
         found.refuse(f"the prompt {files.default_prompt!r} stands before every text, and would be pooled with it")
     # what `bivec export --format gguf` refuses, as llama.cpp's Qwen has none of these
-    if config["model_type"] in ("qwen2", "qwen3"):
-        if files.rope_type == "llama3" or (config["model_type"] == "qwen3" and config.get("attention_bias")):
-            found.refuse("its Qwen has no rope of type 'llama3' and no bias in o_proj")
-        if config["model_type"] == "qwen2" and files.head_dim * config["num_attention_heads"] != config["hidden_size"]:
-            found.refuse(f"head_dim must be hidden_size / num_attention_heads, got {files.head_dim}")
+    if shape.model_type in ("qwen2", "qwen3") and (shape.output_bias or shape.rope.rope_type == "llama3"):
+        found.refuse("its Qwen has no rope of type 'llama3' and no bias in o_proj")
+    if shape.model_type == "qwen2" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        found.refuse(f"head_dim must be hidden_size / num_attention_heads, got {shape.head_dim}")
     # it slides no window over these models: as much is right as all of a window sees
     length = min(files.max_length, files.sliding_window or files.max_length)
     # tools/server/server-context.cpp: a text that is seen whole must lie in one physical batch
-    flags = ["--embeddings", f"--pooling {_LLAMA_CPP_POOLING.get(files.pooling)}"]
+    flags = ["--embeddings", f"--pooling {_LLAMA_CPP_POOLING.get(files.run.pooling)}"]
     flags += [f"--batch-size {length}", f"--ubatch-size {length}"]
-    if not files.normalize:
+    if not files.run.normalize:
         flags.append("--embd-normalize -1")
     found.flags += flags
     found.notes.append(f"texts longer than {length} tokens are refused")
@@ -219,8 +218,8 @@ def judge_llama_cpp(files: ModelFiles) -> Verdict:
 
 def _judge_server_pooling(files: ModelFiles, found: Findings, modes: dict[str, str]) -> None:
     """What servers pool: all tokens of a text and of what stands before it."""
-    if files.pooling not in modes:
-        found.refuse(f"it has no pooling {files.pooling!r}")
+    if files.run.pooling not in modes:
+        found.refuse(f"it has no pooling {files.run.pooling!r}")
     if files.prompts_left_out:
         found.with_prompts.append(f"its prompts ({named_prompts(files)}) would be pooled with the text")
 

@@ -7,6 +7,7 @@ text-embeddings-inference 1.9.3 (0d124dc) and llama.cpp (0c1e570), applied to th
 import shlex
 from pathlib import Path
 
+from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .reader_files import ModelFiles
 from .reader_servers import judge_llama_cpp, judge_tei, judge_vllm
@@ -55,12 +56,13 @@ def _adapter_of(path: Path) -> str | None:
 
 def _only_bivec(files: ModelFiles) -> str | None:
     """What no other reader can be told."""
-    if not files.pools_special_tokens:
+    run = files.run
+    if not run.pools_special_tokens and run.pooling != "last":
         return "it never pools BOS, which every other reader does"
-    if files.template:
+    if any(run.template):
         return "it puts texts into a chat template and pools a part of that, which no other reader does"
-    if files.window not in ((-1, -1), (-1, 0)):
-        return f"it sees the window {files.window}, which no other reader has"
+    if run.window not in (BIDIRECTIONAL, CAUSAL):
+        return f"it sees the window {run.window}, which no other reader has"
     return None
 
 
@@ -74,8 +76,6 @@ def judge_transformers(files: ModelFiles) -> Verdict:
         "first": "(mask * (mask.cumsum(1) == 1))",
         "last": "(mask * (mask.cumsum(1) == mask.sum(1, keepdim=True)))",
     }
-    if files.pooling not in weights:
-        found.refuse(f"pooling is {files.pooling!r}, which has no snippet here")
     lines = ["from transformers import AutoModel, AutoTokenizer", f"folder = {str(files.path)!r}"]
     lines.append("tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)")
     if tell:
@@ -95,13 +95,13 @@ def judge_transformers(files: ModelFiles) -> Verdict:
         f'batch = tokenizer(["a text", "another"], padding=True, truncation=True, max_length={files.max_length}, '
         'return_tensors="pt")',
         'states, mask = model(**batch).last_hidden_state.float(), batch["attention_mask"]',
-        f"weights = {weights.get(files.pooling)}[:, :, None]",
+        f"weights = {weights[files.run.pooling]}[:, :, None]",
         "vectors = (states * weights).sum(1) / weights.sum(1)",
     ]
-    if files.normalize:
+    if files.run.normalize:
         lines.append("vectors = vectors / vectors.norm(dim=1, keepdim=True)")
     found.notes.append(
-        "it gives states, and pooling is up to you" + (", as is normalisation" if files.normalize else "")
+        "it gives states, and pooling is up to you" + (", as is normalisation" if files.run.normalize else "")
     )
     if files.bidirectional:
         found.notes.append("transformers 5.2 or newer: older ones are causal without a word")
@@ -121,16 +121,18 @@ def judge_sentence_transformers(files: ModelFiles) -> Verdict:
     lines.append(f"encoder = SentenceTransformer({str(files.path)!r})")
     if files.modules is None:
         # without modules.json: the mean, of bidirectional models (sentence_transformer/model.py)
-        if files.pooling != "mean":
-            found.refuse(f"there is no modules.json that says that pooling is {files.pooling!r}", export_helps=True)
-        if files.normalize:
+        if files.run.pooling != "mean":
+            found.refuse(f"there is no modules.json that says that pooling is {files.run.pooling!r}", export_helps=True)
+        if files.run.normalize:
             found.refuse("there is no modules.json with a Normalize module", export_helps=True)
     else:
         said = files.said_pooling
-        if said != files.pooling:
-            found.refuse(f"modules.json leads to pooling {said!r}, bivec.json to {files.pooling!r}", export_helps=True)
-        if files.has_normalize != files.normalize:
-            found.refuse(f"modules.json and bivec.json differ in normalize ({files.normalize})", export_helps=True)
+        if said != files.run.pooling:
+            found.refuse(
+                f"modules.json leads to pooling {said!r}, bivec.json to {files.run.pooling!r}", export_helps=True
+            )
+        if files.has_normalize != files.run.normalize:
+            found.refuse(f"modules.json and bivec.json differ in normalize ({files.run.normalize})", export_helps=True)
     if files.length_file is None:
         found.flags.append("max_seq_length")
         lines.append(f"encoder.max_seq_length = {files.max_length}")
@@ -142,11 +144,11 @@ def judge_sentence_transformers(files: ModelFiles) -> Verdict:
     included = (files.pooling_config or {}).get("include_prompt") is not False
     if left_out and included:
         found.refuse(f"its prompts ({named_prompts(files)}) would be pooled with the text", export_helps=True)
-    elif left_out and files.pooling == "weighted_mean":
+    elif left_out and files.run.pooling == "weighted_mean":
         found.refuse(
             f"its weights begin with a prompt's tokens ({named_prompts(files)}), those of bivec with the text's"
         )
-    elif files.prompts and not included and files.pools_prompt:
+    elif files.prompts and not included and files.run.pools_prompt:
         found.refuse("1_Pooling/config.json leaves prompts out of pooling, bivec.json does not", export_helps=True)
     lines += ['queries = encoder.encode_query(["a question"])', 'documents = encoder.encode_document(["a text"])']
     if files.bidirectional:

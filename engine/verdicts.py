@@ -65,9 +65,6 @@ def judge_loading(files: ModelFiles, found: Findings, *, modules: bool = False) 
         found.refuse("its configuration asks for code of the model's own", export_helps=True)
     elif not files.bidirectional and files.config.get("is_causal") is False:
         found.refuse("config.json says is_causal: false, bivec.json a causal window")
-    unknown = [kind for kind, _, _ in files.modules or () if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown and not modules:
-        found.refuse(f"modules.json has the module {unknown[0]!r}, which bivec does not compute")
 
 
 def is_causal_missing(files: ModelFiles) -> bool:
