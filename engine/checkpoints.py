@@ -243,7 +243,7 @@ def _check_mntp(folder: Path, base: str, mntp: Path) -> str:
     first, second = (Path(name).expanduser() for name in (base, below))
     if base == below or (first.is_dir() and second.is_dir() and first.samefile(second)):
         return base
-    if last_part(base.rstrip("/")) == last_part(own_name(mntp)):  # PEFT names the folder that transformers was given
+    if last_part(base) == last_part(own_name(mntp)):  # PEFT names what transformers was given
         return below
     raise ValueError(
         f"{folder / ADAPTER_FILES[0]}: base_model_name_or_path is {base}, but its MNTP adapter {mntp} was trained on "
@@ -262,7 +262,10 @@ def _check_base(adapter: str, part: _Part, base: Path | None, names: list[str]) 
             raise ValueError(f"{adapter} was trained on {under}, which differs from {base}")
     # folders move, so else only two hub ids can be compared; shapes are checked when the weights are read
     if _is_hub_id(part.base) and all(map(_is_hub_id, names)) and part.base not in names:
-        raise ValueError(f"the adapter {adapter} was trained on {part.base}, not on {' or '.join(names)}")
+        raise ValueError(
+            f"the adapter {adapter} was trained on {part.base}, not on {' or '.join(names)}; if these are the same "
+            "weights, give the folder in which they lie"
+        )
 
 
 def _same_files(first: Path, second: Path, names: Sequence[str]) -> bool:

@@ -98,12 +98,15 @@ class Encoder:
         Args:
             model: hub id or folder of a Llama, Mistral, Qwen2 or Qwen3 with safetensors, of a PEFT or LLM2Vec adapter
                 of one, or of a run of `bivec train`; default the small demonstration encoder that comes with bivec.
-            adapters: further LoRA adapters or runs, merged in this order; a run brings the adapters that it stands on.
+                A later stage of LLM2Vec brings the MNTP adapter that it stands on, of the folder of that name beside it
+                or of the hub, and is refused without it; texts are put into LLM2Vec's template.
+            adapters: further LoRA adapters or runs, merged in this order; a run or a stage of LLM2Vec brings those that
+                it stands on.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the model's own, else
                 `mean`.
             max_length: tokens a text is cut to, special tokens included, never more than the model has positions;
-                default the `max_seq_length` of a folder in sentence-transformers' layout, or its tokenizer's
-                `model_max_length`, else 512.
+                default LLM2Vec's `max_length`, or the `max_seq_length` of a folder in sentence-transformers' layout, or
+                its tokenizer's `model_max_length`, else 512.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto`, `triton` (bivec's kernel), `varlen` (torch's FlashAttention), `flash` (the flash-attn

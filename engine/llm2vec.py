@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .json_files import read_object
+from .modules import PUBLISHED
 from .published import RECIPE, TEMPLATES, published_base
 from .run_folder import RunDescription
 
@@ -79,6 +80,8 @@ def read_adapter(folder: Path, base: str) -> Llm2VecAdapter | None:
     mntp, source = None, ""
     if traced:
         mntp, source = traced, f"auto_mapping.parent_library of {path}"
+    elif base.endswith("-mntp") and stage != "mntp":  # PEFT names what transformers was given
+        mntp, source = base, f"base_model_name_or_path of {path}"
     elif stage is not None:
         source = f"the name {name}"
         if (below := RECIPE.stages[stage]) is not None:
@@ -96,9 +99,11 @@ def read_merged(folder: Path) -> RunDescription | None:
     values = read_object(path)
     classes = values.get("architectures")
     known = isinstance(classes, list) and any(isinstance(one, str) and _ARCHITECTURE.fullmatch(one) for one in classes)
-    if not (known or _names_code(values) or (folder / LLM2VEC_CONFIG).is_file()):
+    name = own_name(folder)
+    has_name = published_base(last_part(name)) is not None
+    if not (known or has_name or _names_code(values) or (folder / LLM2VEC_CONFIG).is_file()):
         return None
-    return _describe(folder, (own_name(folder),), None)
+    return _describe(folder, (name,), None)
 
 
 def own_llm2vec_length(folder: Path) -> int | None:
@@ -155,7 +160,7 @@ def _describe(folder: Path, names: Sequence[str], base: str | None, is_mntp: boo
     named = read_object(whole).get("_name_or_path") if whole.is_file() else base
     bases = [*(published_base(last_part(name)) for name in names), named]
     return RunDescription(
-        stage="published",
+        stage=PUBLISHED,
         base_model=base,
         pooling=_POOLING[_settings(folder).get("pooling_mode", RECIPE.pooling)],
         pools_special_tokens=RECIPE.pools_special_tokens,

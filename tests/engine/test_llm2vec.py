@@ -244,7 +244,8 @@ def test_all_ways_to_name_a_stack_are_the_same(llama_3):
     for path in (mntp, supervised):
         edit_json(path / "adapter_config.json", base_model_name_or_path=str(base))
     for found in (resolve(supervised), resolve(mntp, supervised)):
-        assert (found.base, found.adapters, found.run.template) == (base, expected.adapters, expected.run.template)
+        assert (found.base, found.adapters, found.tokenizer) == (base, expected.adapters, mntp)
+        assert found.run.template == expected.run.template
     moved = shutil.move(mntp, llama_3 / "moved")  # its files say what it is
     assert resolve(base, [moved, supervised]).adapters == (Path(moved), supervised)
 
@@ -254,6 +255,19 @@ def test_a_later_stage_stands_on_mntp_alone(llama_3):
     for adapters in ([simcse, supervised], [mntp, simcse, supervised]):
         with pytest.raises(ValueError, match=rf"{SUPERVISED} stands on \S+-mntp, and cannot be put on .*{SIMCSE}"):
             resolve(base, adapters)
+
+
+def test_an_mntp_that_is_given_is_known_by_its_name_or_its_files(llama_3, tmp_path):
+    """Of a community's copy there may be the adapter alone."""
+    base, supervised = llama_3 / "base", llama_3 / SUPERVISED
+    trace(supervised, f"transformers_modules.mine-mntp.{ENCODER}")
+    bare = shutil.copytree(llama_3 / MNTP, tmp_path / "other")
+    for path in bare.glob("[!a]*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="stands on the MNTP adapter mine-mntp"):
+        resolve(base, [bare, supervised])
+    mntp = bare.rename(tmp_path / "mine-mntp")
+    assert resolve(base, [mntp, supervised]).adapters == (mntp, supervised)
 
 
 def test_without_its_mntp_a_stage_is_refused_with_the_remedy(llama_3, make_stack, tmp_path):
@@ -306,7 +320,21 @@ def test_mntp_may_lie_merged_in_a_checkpoint(llama_3, tmp_path):
         assert_near(encoder.encode(TEXTS), expected)
     with pytest.raises(ValueError, match=f"was trained on .*{MNTP}, which differs from .*base"):
         resolve(llama_3 / "base", llama_3 / SUPERVISED)
-    edit_json(llama_3 / SUPERVISED / "adapter_config.json", base_model_name_or_path=f"McGill-NLP/{MNTP}")
+    assert resolve(llama_3 / MNTP).run.template == tuple(STACKS[LLAMA_3][2:])  # by its name
+
+
+@pytest.mark.parametrize("named", ["hub id", "folder", "folder, untraced"])
+def test_a_stage_may_name_mntp_as_its_base(llama_3, named):
+    """As PEFT does where transformers loaded base and adapter at once."""
+    base, mntp, supervised = (llama_3 / name for name in ("base", MNTP, SUPERVISED))
+    if named == "folder, untraced":
+        mntp, supervised = mntp.rename(llama_3 / "own-mntp"), supervised.rename(llama_3 / "later")
+        trace(supervised, "llm2vec.models.bidirectional_llama")
+    edit_json(mntp / "adapter_config.json", base_model_name_or_path=str(base))
+    below = f"McGill-NLP/{MNTP}" if named == "hub id" else str(mntp)
+    edit_json(supervised / "adapter_config.json", base_model_name_or_path=below)
+    for found in (resolve(supervised), resolve(base, supervised), resolve(mntp, supervised)):
+        assert (found.base, found.adapters) == (base, (mntp, supervised))
 
 
 # --- what is refused
