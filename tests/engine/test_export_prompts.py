@@ -265,14 +265,15 @@ def test_special_tokens_may_stand_in_their_own_file_alone(fresh_llama_folder, pe
     assert_near(peer(tmp_path / "out").encode(TEXTS), expected)
 
 
-def test_a_real_model(shared_data, peer, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model(shared_data, peer, tmp_path, dtype):
     shutil.copytree(shared_data / "stories260K" / "hf", tmp_path / "model")
     (tmp_path / "model" / "config_sentence_transformers.json").write_text(json.dumps({"prompts": PROMPTS}))
-    export(tmp_path / "model", tmp_path / "out", dtype="float32")
-    source, theirs = Encoder.from_pretrained(tmp_path / "model", dtype="float32"), peer(tmp_path / "out")
-    for name in PROMPTS:
-        expected = source.encode(TEXTS, prompt_name=name)
-        assert_near(theirs.encode(TEXTS, prompt_name=name), expected)
+    export(tmp_path / "model", tmp_path / "out", dtype=dtype, normalize=dtype == "bfloat16")
+    ours = Encoder.from_pretrained(tmp_path / ("model" if dtype == "float32" else "out"), dtype="float32")
+    theirs = peer(tmp_path / "out")
+    for name in (None, *PROMPTS):
+        assert_near(theirs.encode(TEXTS, prompt_name=name), ours.encode(TEXTS, prompt_name=name))
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-v1", "open_llama_3b"])
