@@ -344,8 +344,8 @@ def _print_readers(model: str, adapters: list[str], as_json: bool) -> None:
         return
     for verdict in verdicts:
         echo(f"{verdict.reader}: {verdict.verdict}")
-        for reason in verdict.reasons:
-            echo(f"  {reason}")
+        for line in (*verdict.reasons, *verdict.notes):
+            echo(f"  {line}")
         # at the margin, where it can be copied
         echo(f"\n{verdict.command}\n" if verdict.command else "")
 

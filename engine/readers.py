@@ -34,11 +34,11 @@ def readers(folder: str | Path) -> list[Verdict]:
     adapter = _adapter_of(path)
     if adapter is not None:
         reason = f"it is an adapter on {adapter}: export it first"
-        return [Verdict(reader, "no", (reason,), export_command(path.absolute())) for reader in READERS]
+        return [Verdict(reader, "no", (reason,), command=export_command(path.absolute())) for reader in READERS]
     files = ModelFiles.read(path)
     only_bivec = _only_bivec(files)
     if only_bivec:
-        return [Verdict(reader, "no", (only_bivec,), "") for reader in READERS]
+        return [Verdict(reader, "no", (only_bivec,)) for reader in READERS]
     judges = (judge_transformers, judge_sentence_transformers, judge_vllm, judge_tei, judge_llama_cpp)
     return [judge(files) for judge in judges]
 
@@ -106,8 +106,8 @@ def judge_transformers(files: ModelFiles) -> Verdict:
     if files.bidirectional:
         found.notes.append("transformers 5.2 or newer: older ones are causal without a word")
     if files.prompts:
-        pooled = "are not pooled: their mask must be 0" if files.prompts_left_out else "are pooled with it"
-        found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand, and {pooled}")
+        left_out = "; their weights, and that of BOS, must be 0" if files.prompts_left_out else ""
+        found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand{left_out}")
     return found.verdict("transformers", files, "\n".join(lines))
 
 

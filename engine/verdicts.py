@@ -14,17 +14,19 @@ class Verdict:
     Attributes:
         reader: its name.
         verdict: "yes", "with flags" or "no".
-        reasons: of a "no", why; else what to know. A clause each.
+        reasons: of a "no", why; a clause each.
+        notes: what to know of it, likewise.
         command: what to run, in a shell or as Python; of a "no", what helps, "" where nothing does.
     """
 
     reader: str
     verdict: str
-    reasons: tuple[str, ...]
-    command: str
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    command: str = ""
 
     def __str__(self) -> str:
-        return f"{self.reader}: {self.verdict}" + (f": {'; '.join(self.reasons)}" if self.verdict == "no" else "")
+        return ": ".join((self.reader, self.verdict, *filter(None, ["; ".join(self.reasons)])))
 
 
 @dataclass
@@ -46,12 +48,11 @@ class Findings:
         if self.against:
             helps = self.export_helps and not self.with_prompts and files.bidirectional
             reasons = (*self.against, *self.with_prompts)
-            return Verdict(reader, "no", reasons, export_command(files.path) if helps else "")
+            return Verdict(reader, "no", reasons, command=export_command(files.path) if helps else "")
         if self.with_prompts:
-            return Verdict(
-                reader, "no", (*self.with_prompts, "texts without a prompt come out right", *self.notes), command
-            )
-        return Verdict(reader, "with flags" if self.flags else "yes", tuple(self.notes), command)
+            reasons = (*self.with_prompts, "texts without a prompt come out right")
+            return Verdict(reader, "no", reasons, tuple(self.notes), command)
+        return Verdict(reader, "with flags" if self.flags else "yes", (), tuple(self.notes), command)
 
 
 def judge_loading(files: ModelFiles, found: Findings, *, modules: bool = False) -> None:

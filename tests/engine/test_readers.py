@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from bivec import Encoder, cli
 from bivec.engine import checkpoints
 from bivec.engine.export import export
+from bivec.engine.gguf_export import export_gguf
 from bivec.engine.readers import READERS, readers
 from bivec.engine.run_folder import RunDescription
 
@@ -412,7 +415,7 @@ RULES = [
 def test_each_rule(tmp_path, reader, changes, expected, said):
     verdict = judge(tmp_path, changes)[reader]
     assert verdict.verdict == expected, verdict
-    assert said in "\n".join([*verdict.reasons, verdict.command]), verdict
+    assert said in "\n".join([*verdict.reasons, *verdict.notes, verdict.command]), verdict
 
 
 @pytest.mark.parametrize(
@@ -472,7 +475,7 @@ def test_a_causal_model_of_others_is_causal_everywhere(tmp_path):
     found = judge(tmp_path, {"config.json": causal, "1_Pooling/config.json": pooling("lasttoken", include_prompt=True)})
     assert [verdict.verdict for verdict in found.values()] == ["yes", "yes", "yes", "yes", "no"]
     assert "is_causal" not in found["transformers"].command + found["vLLM"].command
-    assert "without a word" not in "".join(found["TEI"].reasons)
+    assert "without a word" not in "".join(found["TEI"].notes)
     found = judge(tmp_path, {"config.json": causal | {"use_bidirectional_attention": True}})
     assert (found["TEI"].verdict, found["TEI"].command) == ("no", "")
     assert "with use_bidirectional_attention: true in config.json it is bidirectional" in found["TEI"].reasons[0]
@@ -487,7 +490,9 @@ def test_what_helps_is_said(tmp_path):
     assert found.command == ""
     found = judge(tmp_path, {"config_sentence_transformers.json": PROMPTS})["vLLM"]
     assert (found.verdict, found.command) == ("no", f"vllm serve {tmp_path}")
-    assert "texts without a prompt come out right" in found.reasons
+    assert str(found) == (
+        "vLLM: no: its prompts ('query') would be pooled with the text; texts without a prompt come out right"
+    )
 
 
 def test_names_and_dtype_of_weights_come_from_their_header(tmp_path):
@@ -612,10 +617,7 @@ def test_the_command_line(tmp_path):
     assert "\nvLLM: yes\n" in found.stdout
     assert f"\nvllm serve '{folder}'\n" in found.stdout
     found = CliRunner().invoke(cli.app, [*arguments, "--json"])
-    assert json.loads(found.stdout) == [
-        {"reader": v.reader, "verdict": v.verdict, "reasons": list(v.reasons), "command": v.command}
-        for v in readers(folder)
-    ]
+    assert json.loads(found.stdout) == json.loads(json.dumps([asdict(verdict) for verdict in readers(folder)]))
     found = CliRunner().invoke(cli.app, [*arguments, "--adapter", "x"])
     assert (found.exit_code, found.stdout) == (2, "")
     found = CliRunner().invoke(cli.app, ["inspect", "--readers", "--model", "owner/name"])
@@ -685,3 +687,33 @@ def test_a_base_is_read_where_it_can_be_told(checkpoint_folders, tmp_path):
     (tmp_path / "told" / "config.json").write_text(json.dumps(config | {"is_causal": False}))
     names, encoder = run_here(tmp_path / "told", "sentence-transformers", "with flags")
     assert np.abs(names["documents"] - encoder.encode(["a text"])).max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-bias", "mistral", "qwen2", "qwen3"])
+def test_the_export_for_llama_cpp_is_one_that_runs(exported, architecture):
+    pytest.importorskip("gguf")
+    verdict = readers(exported(architecture))[-1]
+    assert verdict.verdict == "with flags"
+    export_command, serve_command = verdict.command.splitlines()
+    program, *arguments = shlex.split(export_command)
+    found = CliRunner().invoke(cli.app, arguments)
+    assert (program, found.exit_code) == ("bivec", 0), found.stderr
+    written = Path(found.stdout.strip())
+    assert written.is_file()
+    assert shlex.split(serve_command)[:3] == ["llama-server", "--model", str(written)]
+    window = {"mistral": 7, "qwen2": 9}.get(architecture, 256)
+    assert f"--ubatch-size {window} " in serve_command
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("qwen3", {"attention_bias": True}), ("qwen2", {"head_dim": 32}), ("qwen3", LLAMA3)]
+)
+def test_what_llama_cpp_refuses_is_known_before(make_checkpoint, tmp_path, architecture, changes):
+    pytest.importorskip("gguf")
+    folder = make_checkpoint(tmp_path / "model", architecture)
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"rope_parameters": changes} if "rope_type" in changes else changes
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    assert readers(folder)[-1].verdict == "no"
+    with pytest.raises(ValueError, match="cannot be written as GGUF"):
+        export_gguf(folder, tmp_path / "out.gguf")
