@@ -323,41 +323,46 @@ def test_the_command(tiny_llama_folder, tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["model.gguf"]
 
 
-def compare(folder, path, texts, pooling, **arguments):
+@pytest.fixture
+def compare(tmp_path):
     """The least cosine of llama.cpp's vectors with ours, where it gives each text the same tokens."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    export_gguf(folder, path, pooling=pooling, **arguments)
-    encoder = Encoder.from_pretrained(folder, pooling=pooling, device="cpu", dtype="float32")
-    context = {"n_ctx": 256, "n_batch": 256, "n_ubatch": 256}
-    model = llama_cpp.Llama(str(path), embedding=True, n_threads=1, verbose=False, **context)
-    try:
-        for text in texts:
-            assert model.tokenize(text.encode()) == encoder.tokenizer(text)["input_ids"], text
-        theirs = np.array([model.embed(text) for text in texts])
-    finally:
-        model.close()
-    ours = encoder.encode(texts)
-    return min((ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1))
+
+    def compare(folder, texts, pooling, dtype):
+        path = tmp_path / f"{pooling}-{dtype}.gguf"
+        export_gguf(folder, path, pooling=pooling, dtype=dtype)
+        encoder = Encoder.from_pretrained(folder, pooling=pooling, device="cpu", dtype="float32")
+        context = {"n_ctx": 256, "n_batch": 256, "n_ubatch": 256}
+        model = llama_cpp.Llama(str(path), embedding=True, n_threads=1, verbose=False, **context)
+        try:
+            for text in texts:
+                assert model.tokenize(text.encode()) == encoder.tokenizer(text)["input_ids"], text
+            theirs = np.array([model.embed(text) for text in texts])
+        finally:
+            model.close()
+        ours = encoder.encode(texts)
+        return min((ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1))
+
+    return compare
 
 
 LEAST = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.999, "q8_0": 0.99}
 
 
 @pytest.mark.parametrize("dtype", LEAST)
-def test_llama_cpp_gives_the_vectors_of_a_real_model(shared_data, tmp_path, dtype):
+def test_llama_cpp_gives_the_vectors_of_a_real_model(compare, shared_data, dtype):
     texts = ["Once upon a time, there was a girl named Lily.", "She ran, 北京 😀!\nIt's 42.", "x"]
-    folder = shared_data / "stories260K" / "hf"
     with pytest.warns(UserWarning, match="llama.cpp gives other tokens to texts that have a line that begins"):
-        assert compare(folder, tmp_path / "model.gguf", texts, "mean", dtype=dtype) > LEAST[dtype]
+        assert compare(shared_data / "stories260K" / "hf", texts, "mean", dtype) > LEAST[dtype]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
 @pytest.mark.parametrize("architecture", ["llama", "llama-bias", "mistral", "qwen2", "qwen3"])
 @pytest.mark.filterwarnings("ignore:llama.cpp gives other tokens")
-def test_llama_cpp_gives_the_vectors_of_every_architecture(make_checkpoint, tmp_path, architecture, pooling):
+def test_llama_cpp_gives_the_vectors_of_every_architecture(compare, make_checkpoint, tmp_path, architecture):
     window = {"sliding_window": 200} if architecture in ("mistral", "qwen2") else {}
     base = make_checkpoint(tmp_path / "model", architecture, **window)
-    assert compare(base, tmp_path / "model.gguf", TEXTS, pooling, dtype="float32") > 0.9999
+    for pooling in ("mean", "last", "first"):
+        assert compare(base, TEXTS, pooling, "float32") > 0.9999
 
 
 @pytest.mark.parametrize(
@@ -369,7 +374,7 @@ def test_llama_cpp_gives_the_vectors_of_every_architecture(make_checkpoint, tmp_
         {"intermediate_size": 100, "num_hidden_layers": 1},
     ],
 )
-def test_llama_cpp_gives_the_vectors_of_other_shapes(make_checkpoint, tmp_path, changes):
+def test_llama_cpp_gives_the_vectors_of_other_shapes(compare, make_checkpoint, tmp_path, changes):
     base = make_checkpoint(tmp_path / "model", "llama", **changes)
     for dtype, least in LEAST.items():
-        assert compare(base, tmp_path / dtype, TEXTS, "mean", dtype=dtype) > least
+        assert compare(base, TEXTS, "mean", dtype) > least

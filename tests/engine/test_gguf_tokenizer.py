@@ -20,13 +20,11 @@ LLAMA3 = "|".join(
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
-def byte_level(pre_tokenizer=None, normalizer=None, ignore_merges=False, added=(), single="<s> $A"):
+def byte_level(pre_tokenizer=None, normalizer=None, added=(), single="<s> $A", drop=(), **model):
     """A tokenizer of bytes and two merges."""
     pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "hel"]
-    vocab = {piece: place for place, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab, [("h", "e"), ("he", "l")], ignore_merges=ignore_merges)
-    )
+    vocab = {piece: place for place, piece in enumerate(pieces) if piece not in drop}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("h", "e"), ("he", "l")], **model))
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.normalizer = normalizer
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -77,6 +75,9 @@ def test_special_and_added_tokens(single, before, after):
         ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "'add_prefix_space': True"),
         ({"normalizer": normalizers.Lowercase()}, "does not do its normalizer {'type': 'Lowercase'"),
         ({"added": [tokenizers.AddedToken("<a>", lstrip=True)]}, "added token '<a>' must not depend"),
+        ({"drop": ["Ā"]}, "its byte-level BPE lacks tokens of single bytes"),
+        ({"dropout": 0.5}, "dropout is not supported, got 0.5"),
+        ({"added": ["[PAD190]"], "drop": ["Ā"]}, "two of its tokens have the same text"),
         ({"single": "<s> <s> $A"}, "one token at most may be added before a text"),
     ],
 )
@@ -85,7 +86,7 @@ def test_what_llama_cpp_would_tokenise_otherwise_is_refused(changes, message):
         tokenizer_keys(byte_level(**changes), 261)
 
 
-def sentencepiece(merges, normalizer=None, pre_tokenizer=None, tokens=(), drop=()):
+def sentencepiece(merges, normalizer=None, pre_tokenizer=None, tokens=(), drop=(), added=()):
     """A tokenizer as those that are converted from SentencePiece: single characters, bytes, and what is merged."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", *tokens]
     pieces += dict.fromkeys(left + right for left, right in merges)
@@ -99,9 +100,10 @@ def sentencepiece(merges, normalizer=None, pre_tokenizer=None, tokens=(), drop=(
     if pre_tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens(list(added))
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), len(pieces)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), len(pieces) + len(added)
 
 
 PAIRS = ("a b", "▁ a", "b c", "a bc", "ab c", "▁a b", "▁ ab", "▁ abc", "▁ab c", "▁a bc")
@@ -138,6 +140,20 @@ def test_scores_join_what_merges_do(scheme):
     for _ in range(300):
         text = "".join(chance.choice([*"aabbcc é"], chance.integers(1, 12))).lstrip()
         assert join_by_score(text, keys) == tokenizer(text)["input_ids"], text
+
+
+def test_texts_that_llama_cpp_gives_other_tokens_are_named():
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    _, caveats = tokenizer_keys(*sentencepiece(MERGES, pre_tokenizer=metaspace, added=["<tool>"]))
+    assert caveats == ["begin with a space", "hold an added token"]
+    assert tokenizer_keys(*sentencepiece(MERGES, added=["<tool>"]))[1] == []
+    assert tokenizer_keys(byte_level(normalizer=normalizers.NFC()), 260)[1] == ["are not in Unicode's form NFC"]
+
+
+def test_only_bpe_is_written():
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    with pytest.raises(ValueError, match="its model must be BPE, got Unigram"):
+        tokenizer_keys(transformers.PreTrainedTokenizerFast(tokenizer_object=unigram), 2)
 
 
 def test_scores_of_a_real_tokenizer(shared_data):
