@@ -226,7 +226,16 @@ def test_what_llama_cpp_computes_otherwise_is_refused(make_checkpoint, tmp_path,
         export_gguf(base, tmp_path / "model.gguf")
 
 
+def test_texts_of_which_llama_cpp_makes_other_tokens_are_warned_of(fresh_llama_folder, tmp_path):
+    described = json.loads((fresh_llama_folder / "tokenizer.json").read_text())
+    (fresh_llama_folder / "tokenizer.json").write_text(json.dumps(described | {"normalizer": {"type": "NFC"}}))
+    with pytest.warns(UserWarning, match="llama.cpp gives other tokens to texts that are not in Unicode's form NFC"):
+        export_gguf(fresh_llama_folder, tmp_path / "model.gguf")
+
+
 def test_prompts_are_for_the_reader_to_put(fresh_llama_folder, tmp_path):
+    prompts = {"prompts": {"query": "", "document": ""}, "default_prompt_name": "document"}
+    (fresh_llama_folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_gguf(fresh_llama_folder, tmp_path / "none.gguf")

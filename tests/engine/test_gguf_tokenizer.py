@@ -106,7 +106,7 @@ def sentencepiece(merges, normalizer=None, pre_tokenizer=None, tokens=(), drop=(
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), len(pieces) + len(added)
 
 
-PAIRS = ("a b", "▁ a", "b c", "a bc", "ab c", "▁a b", "▁ ab", "▁ abc", "▁ab c", "▁a bc")
+PAIRS = ("b c", "a b", "▁ a", "▁a b", "▁ ab", "c c", "bc c", "b cc")
 MERGES = [tuple(pair.split()) for pair in PAIRS]
 
 
@@ -150,6 +150,16 @@ def test_texts_that_llama_cpp_gives_other_tokens_are_named():
     assert tokenizer_keys(byte_level(normalizer=normalizers.NFC()), 260)[1] == ["are not in Unicode's form NFC"]
 
 
+def test_a_token_beyond_the_embedding_is_left_out():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    keys, _ = tokenizer_keys(tokenizer, 260)
+    assert "tokenizer.ggml.padding_token_id" not in keys
+    assert "<pad>" not in keys["tokenizer.ggml.tokens"]
+    keys, _ = tokenizer_keys(tokenizer, 261)
+    assert keys["tokenizer.ggml.padding_token_id"] == keys["tokenizer.ggml.tokens"].index("<pad>") == 260
+
+
 def test_only_bpe_is_written():
     unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     with pytest.raises(ValueError, match="its model must be BPE, got Unigram"):
@@ -167,9 +177,9 @@ def test_scores_of_a_real_tokenizer(shared_data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"merges": MERGES[:-1]}, "would make the token '▁abc' where no merge does"),
+        ({"merges": MERGES[:-1]}, "would make the token 'bcc' where no merge does"),
         ({"merges": MERGES, "tokens": ["xy"]}, "would make the token 'xy' where no merge does"),
-        ({"merges": [MERGES[3], *MERGES[:3], *MERGES[4:]]}, "must have neighbouring ranks"),
+        ({"merges": [MERGES[4], *MERGES[:4], *MERGES[5:]]}, "must have neighbouring ranks"),
         ({"merges": MERGES, "drop": ["<0x41>"]}, "lacks tokens of single bytes"),
         ({"merges": MERGES, "normalizer": normalizers.Prepend("▁")}, "must write a space as ▁"),
         ({"merges": MERGES, "normalizer": normalizers.NFKC()}, "does not do {'type': 'NFKC'}"),
