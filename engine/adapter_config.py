@@ -1,6 +1,10 @@
 """What a PEFT folder's `adapter_config.json` asks; whatever bivec does not compute is refused by name."""
 
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,9 @@ from peft import LoraConfig
 from .json_files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+# modules of task models that an encoder does not have: what an adapter holds of them changes no state
+HEADS = ("lm_head", "score", "classifier")
 
 # what its tensors mean
 _READ = (
@@ -36,6 +43,7 @@ _OF_TRAINING = (
     "inference_mode",
     "fan_in_fan_out",
     "lora_dropout",
+    "bias",  # a bias that was trained stands among the tensors, and is refused there
     "megatron_core",
     "eva_config",
     "corda_config",
@@ -49,6 +57,20 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 RESIDUAL_INITS = ("pissa", "olora")
 
 _LARGEST_RANK = 2**24
+
+_NAME = re.compile(r"[\w.^\\-]*")  # what most patterns are
+_MATCHING = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.match(pattern, name), re.fullmatch(pattern, name)
+"""
+_SECONDS = 10
+_LONGEST_PATTERN = 10_000
+
+# the remedy for what is not computed
+MERGE = "where PEFT can merge the adapter (merge_and_unload), load the model that it then saves"
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -72,8 +94,8 @@ def _parse(values: dict[str, Any]) -> LoraConfig:
     defaults = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
     for key, value in values.items():
         known = key in _READ or key in _OF_TRAINING
-        if not known and value not in (None, False, "none", [], {}, defaults.get(key)):
-            raise ValueError(f"{key} is not supported, got {value!r:.80}")
+        if not known and value not in (None, False, "none", [], {}, defaults.get(key)) and not _of_heads(key, value):
+            raise ValueError(f"{key} is not supported, got {value!r:.80}; {MERGE}")
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INITS + RESIDUAL_INITS:
         raise ValueError(
@@ -92,7 +114,7 @@ def _parse(values: dict[str, Any]) -> LoraConfig:
         if not isinstance(patterns, dict):
             raise ValueError(f"{key} must be an object, got {patterns!r:.80}")
         for pattern, value in patterns.items():
-            _check_pattern(key, f"({pattern})")
+            _check_pattern(key, pattern)
             check(f"{key} of {pattern!r:.80}", value)
     if not values.get("target_modules"):
         raise ValueError(f"target_modules must name modules, got {values.get('target_modules')!r}")
@@ -109,6 +131,43 @@ def _parse(values: dict[str, Any]) -> LoraConfig:
         base_model_name_or_path=values.get("base_model_name_or_path"),
         inference_mode=True,
     )
+
+
+def check_patterns(path: Path, config: LoraConfig, names: Sequence[str]) -> None:
+    """Raises ValueError, naming the file, where matching modules' names takes longer than ten seconds.
+
+    An expression such as `(.+)+x` takes longer than anyone waits, and `re` is only stopped with its process.
+    """
+    layers = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or ()
+    patterns = {
+        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else [],
+        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else [],
+        "layers_pattern": layers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
+    for key, found in patterns.items():
+        expressions = [_composed(key, pattern) for pattern in found if not _NAME.fullmatch(pattern)]
+        if not expressions:
+            continue
+        given = json.dumps([expressions, list(names)]).encode()
+        try:
+            subprocess.run([sys.executable, "-I", "-S", "-c", _MATCHING], input=given, timeout=_SECONDS, check=True)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"{path}: {key} takes more than {_SECONDS} s to match against the modules' names; list these instead"
+            ) from error
+
+
+def _composed(key: str, pattern: str) -> str:
+    """The expression that PEFT makes of a pattern."""
+    if key == "layers_pattern":
+        return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+    return rf"(.*\.)?({pattern})$" if key in ("rank_pattern", "alpha_pattern") else pattern
+
+
+def _of_heads(key: str, value: Any) -> bool:
+    return key == "modules_to_save" and isinstance(value, list) and all(name in HEADS for name in value)
 
 
 def _check_rank(name: str, value: Any) -> None:
@@ -133,7 +192,9 @@ def _check_names(key: str, value: Any) -> None:
 
 
 def _check_pattern(key: str, pattern: str) -> None:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(f"{key}: a pattern must have at most {_LONGEST_PATTERN} characters, got {len(pattern)}")
     try:
-        re.compile(pattern)
+        re.compile(_composed(key, pattern))
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{key}: {pattern!r:.80} is no regular expression ({error})") from error

@@ -13,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .adapter_config import ADAPTER_CONFIG, RESIDUAL_INITS, read_adapter_config
+from .adapter_config import ADAPTER_CONFIG, HEADS, MERGE, RESIDUAL_INITS, check_patterns, read_adapter_config
 from .checkpoints import Checkpoint
 from .config import ModelConfig
 from .model import LlamaModel
@@ -93,8 +93,10 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
     """
     path = folder / _TENSORS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; an adapter must be in safetensors (a pickle is refused)")
-    stored = list(read_headers([path]))
+        raise FileNotFoundError(
+            f"{path} does not exist; an adapter must be in safetensors: a pickle is refused, save it with PEFT anew"
+        )
+    stored = [one for one in read_headers([path]) if one.name.removeprefix(WRAPPER).partition(".")[0] not in HEADS]
     prefix = CAUSAL if any(one.name.removeprefix(WRAPPER).startswith(CAUSAL) for one in stored) else ""
     _inject(model, name, config, prefix, folder / ADAPTER_CONFIG)
     expected = {file_key: (key, parameter) for file_key, key, parameter in _parameters(model, name)}
@@ -104,7 +106,7 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
         plain = one.name.removeprefix(WRAPPER)
         file_key = plain.removeprefix(prefix)
         if file_key not in expected or not plain.startswith(prefix):
-            problems.append(f"unexpected {one.name}")
+            problems.append(f"unexpected {one.name}{_explained(file_key)}")
         elif problem := one.problem(expected[file_key][1].shape):
             problems.append(problem)
         elif file_key in found.values():
@@ -168,6 +170,15 @@ def add_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[list[str], 
     return names, inits
 
 
+def _explained(name: str) -> str:
+    """What PEFT means by a tensor that is not computed, and what to do."""
+    if name.startswith("embed_tokens."):
+        return f" (embeddings, whose rows may have been added: {MERGE})"
+    if name.endswith(".bias"):
+        return f" (a trained bias: {MERGE})"
+    return ""
+
+
 class _Inside(nn.Module):
     """A model under the name that it has in a causal language model."""
 
@@ -179,6 +190,7 @@ class _Inside(nn.Module):
 def _inject(model: nn.Module, name: str, config: LoraConfig, prefix: str, path: Path) -> None:
     config = copy.copy(config)
     config.init_lora_weights = False  # the file's tensors are the truth: compute nothing from the base
+    check_patterns(path, config, [f"{prefix}{place}" for place, _ in model.named_modules()])
     earlier = model.__dict__.pop("peft_config", {})  # PEFT would warn of them
     try:
         with torch.device("meta"):

@@ -5,13 +5,20 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from bivec import Encoder
+from bivec.engine import adapter_config
 from bivec.engine.packing import PackedBatch
 
+TENSORS = "adapter_model.safetensors"
 TEXT = "bidirectional attention lets every token see every other token"
 FULL = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj", "model.layers.1.self_attn.v_proj"]
 SHORT = [name.removeprefix("model.") for name in FULL]
@@ -35,6 +42,8 @@ BOTH = {
     "dora": {"use_dora": True},
     "dora with ranks": {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "mica": {"init_lora_weights": "mica"},
+    "biases where there are none": {"bias": "all"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "random": {"init_lora_weights": False},
     "eva": {"init_lora_weights": "eva"},
@@ -85,8 +94,13 @@ def load(folder, **arguments):
     return Encoder.from_pretrained(folder, dtype="float32", device="cpu", **arguments)
 
 
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def assert_same(found, expected):
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(("causal", "form"), FORMS)
@@ -98,6 +112,18 @@ def test_the_states_are_those_of_peft(make_adapter, tiny_llama_folder, tmp_path,
     assert_same(found, peft_states(tiny_llama_folder, [tmp_path], causal, ids))
     plain = states(load(tiny_llama_folder), ids)
     assert (found - plain).norm() > 1e-3 * plain.norm()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_configuration_that_says_all_linears_or_little_else(make_adapter, tiny_llama_folder, tmp_path, causal):
+    """PEFT writes the names that it found, and what it does not know yet it cannot write."""
+    make_adapter(tiny_llama_folder, tmp_path, causal, target_modules="all-linear", r=8)
+    ids = load(tmp_path).tokenizer(TEXT)["input_ids"]
+    expected = peft_states(tiny_llama_folder, [tmp_path], causal, ids)
+    few = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_llama_folder), "target_modules": "all-linear"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(few))
+    assert_same(peft_states(tiny_llama_folder, [tmp_path], causal, ids), expected)
+    assert_same(states(load(tmp_path), ids), expected)
 
 
 @pytest.mark.parametrize("form", ["pissa", "olora", "dora", "rslora"])
@@ -127,9 +153,9 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tin
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
-        ("bias", "lora_only"),
         ("lora_bias", True),
         ("modules_to_save", ["norm"]),
+        ("modules_to_save", ["score", "embed_tokens"]),
         ("trainable_token_indices", [3]),
         ("target_parameters", ["mlp.up_proj.weight"]),
         ("layer_replication", [[0, 2], [1, 3]]),
@@ -158,6 +184,8 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tin
         ("target_modules", [1]),
         ("target_modules", None),
         ("exclude_modules", "("),
+        ("exclude_modules", "a" * 10_001),
+        ("layers_pattern", "(?i)layers"),
         ("layers_pattern", {"layers": 1}),
         ("layers_to_transform", "0"),
     ],
@@ -165,8 +193,7 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tin
 def test_what_is_not_computed_is_refused_by_name(make_adapter, tiny_llama_folder, tmp_path, key, value):
     adapter = tmp_path / "adapter"
     make_adapter(tiny_llama_folder, adapter, True)
-    values = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(values | {key: value}))
+    edit_config(adapter, **({"layers_to_transform": [0]} if key == "layers_pattern" else {}), **{key: value})
     with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{key}"):
         load(adapter)
 
@@ -187,7 +214,69 @@ def test_embeddings_are_refused_by_name(make_adapter, tiny_llama_folder, tmp_pat
 
 def test_a_merge_that_overflows_is_refused_by_name(make_adapter, tiny_llama_folder, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path, True)
-    tensors = {name: tensor.fill_(1e30) for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    tensors = {name: tensor.fill_(1e30) for name, tensor in load_file(tmp_path / TENSORS).items()}
+    save_file(tensors, tmp_path / TENSORS)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight is not finite with this adapter"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "form"),
+    [
+        (AutoModelForCausalLM, "lm_head.weight", {"modules_to_save": ["lm_head"]}),
+        (AutoModelForCausalLM, "lm_head.lora_A.weight", {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
+        (AutoModelForSequenceClassification, "score.weight", {"task_type": "SEQ_CLS"}),
+        (AutoModelForTokenClassification, "score.weight", {"task_type": "TOKEN_CLS"}),
+    ],
+    ids=["saved", "adapted", "sequences", "tokens"],
+)
+def test_what_an_adapter_holds_of_a_head_is_no_part_of_the_encoder(checkpoint_folders, tmp_path, kind, head, form):
+    base = checkpoint_folders["llama-bias"]  # its head is not tied to its embeddings
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"]} | form)
+    get_peft_model(kind.from_pretrained(base), config).save_pretrained(tmp_path)
+    assert f"base_model.model.{head}" in load_file(tmp_path / TENSORS)
+    encoder = load(tmp_path)
+    ids = encoder.tokenizer(TEXT)["input_ids"]
+    stack = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path).base_model.model.model
+    stack.config.is_causal = False
+    with torch.inference_mode():
+        expected = stack(torch.tensor([ids])).last_hidden_state[0]
+    assert_same(states(encoder, ids), expected)
+    plain = states(load(base), ids)
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused_by_name(make_adapter, checkpoint_folders, tmp_path, bias):
+    make_adapter(checkpoint_folders["qwen2"], tmp_path, bias=bias)
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors .*q_proj\.(base_layer\.)?bias \(a trained bias: where"
+    ):
+        load(tmp_path)
+
+
+def test_a_resized_vocabulary_is_refused_by_name(tiny_llama_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"unexpected .*embed_tokens\.weight \(embeddings, .*\(merge_and_unload\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "(.+)+x"),
+        ("exclude_modules", "(.+)+x"),
+        ("layers_pattern", "(.+)+x"),
+        ("rank_pattern", {"(.+)+x": 2}),
+        ("alpha_pattern", {"(.+)+x": 2}),
+    ],
+)
+def test_an_expression_that_never_ends_is_refused(make_adapter, tiny_llama_folder, tmp_path, monkeypatch, key, value):
+    make_adapter(tiny_llama_folder, tmp_path, True)
+    edit_config(tmp_path, **{"layers_to_transform": [0] if key == "layers_pattern" else None, key: value})
+    monkeypatch.setattr(adapter_config, "_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} takes more than 0\.2 s to match"):
         load(tmp_path)
