@@ -4,6 +4,7 @@ The copies are as McGill-NLP's repositories are: base, `-mntp` with a whole conf
 its adapter, `-mntp-unsup-simcse` and `-mntp-supervised` with an adapter alone, all of random weights.
 """
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import AddedToken
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from bivec import Encoder
 from bivec.engine.checkpoints import HubOptions, resolve
 from bivec.engine.prompts import as_prompt
-from bivec.engine.published import BASES, RECIPE
+from bivec.engine.published import BASES, RECIPE, TEMPLATES
+from bivec.engine.tokens import TextTokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENCODER = "modeling_llama_encoder"
@@ -166,6 +168,31 @@ def test_a_published_stack_gives_its_vectors(make_stack, publish, stack, stage):
     assert np.linalg.norm(paired - reference(top, stack, stages[-1:], INSTRUCTION)) > 1 or stage == "mntp"
 
 
+def test_a_real_model(make_adapter, shared_data, tmp_path):
+    base = shutil.copytree(shared_data / "stories260K" / "hf", tmp_path / "base")
+    stack = "LLM2Vec-Sheared-LLaMA"
+    for seed, stage in enumerate(("mntp", "mntp-supervised"), 1):
+        make_adapter(base, tmp_path / f"{stack}-{stage}", seed=seed)
+    encoder = load(tmp_path / f"{stack}-mntp-supervised")
+    expected = reference(tmp_path, stack, ["mntp", "mntp-supervised"], INSTRUCTION)
+    assert_near(encoder.encode([[INSTRUCTION, text] for text in TEXTS]), expected)
+
+
+def test_a_real_vocabulary_pools_what_llm2vec_counts(shared_data):
+    """Which is as many tokens from the right as the text and the template's end have alone."""
+    with gzip.open(shared_data / "tokenizers" / "mistral-7b-v1.tokenizer.json.gz", "rt", encoding="utf-8") as stream:
+        backend = Tokenizer.from_str(stream.read())
+    real = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    before, after = TEMPLATES["mistralai/Mistral-7B-Instruct-v0.2"]
+    tokenizer = TextTokenizer(real, 512, pools_special_tokens=False, template=(before, after))
+    for prompt in ("", f"{INSTRUCTION} "):
+        for text in [*TEXTS, "7 foxes", "(see p. 3)", "[INST] </s>"]:
+            (found,) = tokenizer([text], [prompt])
+            alone = real(text.rstrip() + after, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            whole = real(before + prompt + text.rstrip() + after, split_special_tokens=True)["input_ids"]
+            assert (found.ids, len(found.ids) - found.pool_start) == (whole, len(alone))
+
+
 def test_the_table_is_what_the_vectors_are_made_by(make_stack):
     for stack, (_, base, *template) in STACKS.items():
         top = make_stack(stack)
@@ -246,8 +273,9 @@ def test_all_ways_to_name_a_stack_are_the_same(llama_3):
     for found in (resolve(supervised), resolve(mntp, supervised)):
         assert (found.base, found.adapters, found.tokenizer) == (base, expected.adapters, mntp)
         assert found.run.template == expected.run.template
-    moved = shutil.move(mntp, llama_3 / "moved")  # its files say what it is
-    assert resolve(base, [moved, supervised]).adapters == (Path(moved), supervised)
+    moved = mntp.rename(llama_3 / "moved")  # its files say what it is
+    assert resolve(base, [moved, supervised]).adapters == (moved, supervised)
+    assert resolve(moved).found[1] == f"1. MNTP adapter {moved} (from auto_map of {moved / 'config.json'})"
 
 
 def test_a_later_stage_stands_on_mntp_alone(llama_3):
