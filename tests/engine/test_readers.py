@@ -1,22 +1,17 @@
-"""Verdicts on a folder's readers: each rule has a folder on either side, and what is printed for Python is run."""
+"""Verdicts on a folder's readers: each rule has a folder on either side, and no folder is more than a line."""
 
 import json
 import shlex
-import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from bivec import Encoder, cli
+from bivec import cli
 from bivec.engine import checkpoints
-from bivec.engine.export import export
-from bivec.engine.gguf_export import export_gguf
 from bivec.engine.readers import READERS, readers
-from bivec.engine.run_folder import RunDescription
 
 CONFIG = {
     "architectures": ["LlamaModel"],
@@ -100,314 +95,197 @@ def test_a_whole_folder_is_read_by_all(tmp_path):
 
 
 RUN = {"stage": "export", "base_model": None, "earlier": [], "window": [-1, -1], "pooling": "mean"}
+
+
+def config(**changes):
+    return {"config.json": changes}
+
+
+def run(**changes):
+    return {"bivec.json": RUN | {"normalize": True} | changes}
+
+
+def pooled(mode="mean_tokens", include_prompt=False):
+    return {"1_Pooling/config.json": pooling(mode, include_prompt)}
+
+
+def length(tokens):
+    return {"sentence_bert_config.json": {"max_seq_length": tokens}}
+
+
+PROMPTED = {"config_sentence_transformers.json": PROMPTS}
+PROMPTED_BY_DEFAULT = {"config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"}}
+NO_MODULES = {"modules.json": None}
+NOT_NORMALIZED = {"modules.json": modules("Transformer", "Pooling")}
 RULES = [
-    # (reader, changed files, verdict, what the reasons or the command say)
-    (
-        "transformers",
-        {"modules.json": None, "config.json": {"is_causal": ...}},
-        "with flags",
-        "config.is_causal = False",
-    ),
-    (
-        "transformers",
-        {"config.json": {"auto_map": {"AutoModel": "model.LlamaBidirectionalModel"}}},
-        "no",
-        "code of the model's own",
-    ),
-    ("transformers", {"config.json": {"model_type": "llama_bidirec"}}, "no", "code of the model's own"),
+    # (reader, changed files, verdict, what is said or to be run)
+    ("transformers", NO_MODULES | config(is_causal=...), "with flags", "config.is_causal = False"),
+    ("transformers", config(auto_map={"AutoModel": "model.LlamaBidirectionalModel"}), "no", "code of the model's own"),
+    ("transformers", config(model_type="llama_bidirec"), "no", "code of the model's own"),
     ("transformers", {"tokenizer_config.json": {"eos_token": "</s>"}}, "with flags", "pad_token = tokenizer.eos_token"),
-    ("transformers", {"config_sentence_transformers.json": PROMPTS}, "yes", "'query') are put before a text by hand"),
-    ("sentence-transformers", {"config_sentence_transformers.json": PROMPTS}, "yes", "encode_query"),
+    ("transformers", PROMPTED, "yes", "'query') are put before a text by hand"),
+    ("transformers", run(window=[-1, 0], normalize=False), "no", "bivec.json a causal window"),
+    ("transformers", length(5000), "yes", "max_length=1024"),
+    ("sentence-transformers", PROMPTED, "yes", "encode_query"),
     (
         "sentence-transformers",
-        {"modules.json": None, "sentence_bert_config.json": None},
+        NO_MODULES | {"sentence_bert_config.json": None},
         "with flags",
         "')\nencoder.max_seq_length = 512",
     ),
+    ("sentence-transformers", NO_MODULES | config(is_causal=...), "no", "does not say is_causal: false"),
+    ("sentence-transformers", NO_MODULES | run(pooling="last", normalize=False), "no", "no modules.json"),
+    ("sentence-transformers", run(pooling="last", normalize=False), "no", "pooling 'mean', bivec.json to 'last'"),
+    ("sentence-transformers", run(normalize=False), "no", "differ in normalize"),
     (
         "sentence-transformers",
-        {"modules.json": None, "config.json": {"is_causal": ...}},
-        "no",
-        "does not say is_causal: false",
-    ),
-    ("sentence-transformers", {"modules.json": None, "bivec.json": RUN | {"pooling": "last"}}, "no", "no modules.json"),
-    ("sentence-transformers", {"bivec.json": RUN | {"pooling": "last"}}, "no", "pooling 'mean', bivec.json to 'last'"),
-    ("sentence-transformers", {"bivec.json": RUN | {"normalize": False}}, "no", "differ in normalize"),
-    (
-        "sentence-transformers",
-        {
-            "config_sentence_transformers.json": PROMPTS,
-            "bivec.json": RUN,
-            "1_Pooling/config.json": pooling(include_prompt=True),
-        },
+        PROMPTED | run(normalize=False) | pooled(include_prompt=True),
         "no",
         "would be pooled with the text",
     ),
     (
         "sentence-transformers",
-        {
-            "config_sentence_transformers.json": PROMPTS,
-            "1_Pooling/config.json": pooling("weightedmean_tokens"),
-            "bivec.json": RUN | {"normalize": True, "pooling": "weighted_mean"},
-        },
+        PROMPTED | pooled("weightedmean_tokens") | run(pooling="weighted_mean"),
         "no",
         "begin with a prompt's tokens",
     ),
     (
-        "vLLM",
-        {"config.json": {"is_causal": ...}, "bivec.json": RUN | {"normalize": True}},
-        "with flags",
-        "--hf-overrides '{\"is_causal\": false}'",
-    ),
-    ("vLLM", {"config.json": {"dtype": "float32"}}, "with flags", "--dtype float32"),
-    ("vLLM", {"config.json": {"dtype": ..., "torch_dtype": "float32"}}, "with flags", "--dtype float32"),
-    (
-        "vLLM",
-        {"config.json": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}},
-        "yes",
-        "",
-    ),
-    ("vLLM", {"config.json": {"architectures": ["MyModel"]}}, "no", "must name one that it serves"),
-    ("vLLM", {"config.json": {"architectures": None}}, "no", "must name one that it serves"),
-    ("vLLM", {"config.json": {"architectures": ["LlamaBidirectionalModel"], "pooling": "avg"}}, "yes", ""),
-    (
-        "vLLM",
-        {"config.json": {"architectures": ["LlamaBidirectionalModel"], "pooling": "cls"}},
+        "sentence-transformers",
+        PROMPTED | run(pools_prompt=True),
         "no",
-        "must be 'avg', got 'cls'",
+        "1_Pooling/config.json leaves prompts out of pooling, bivec.json does not",
     ),
-    ("vLLM", {"config.json": {"architectures": ["LlamaBidirectionalModel"]}}, "no", "must be 'avg', got None"),
+    ("vLLM", config(is_causal=...) | run(), "with flags", "--hf-overrides '{\"is_causal\": false}'"),
+    ("vLLM", config(dtype="float32"), "with flags", "--dtype float32"),
+    ("vLLM", config(dtype=..., torch_dtype="float32"), "with flags", "--dtype float32"),
+    ("vLLM", config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None), "yes", ""),
+    ("vLLM", config(architectures=["MyModel"]), "no", "must name one that it serves"),
+    ("vLLM", config(architectures=None), "no", "must name one that it serves"),
+    ("vLLM", config(architectures=["LlamaBidirectionalModel"], pooling="avg"), "yes", ""),
+    ("vLLM", config(architectures=["LlamaBidirectionalModel"], pooling="cls"), "no", "must be 'avg', got 'cls'"),
+    ("vLLM", config(architectures=["LlamaBidirectionalModel"]), "no", "must be 'avg', got None"),
     (
         "vLLM",
-        {
-            "modules.json": None,
-            "sentence_bert_config.json": None,
-            "config.json": {"architectures": ["LlamaForCausalLM"]},
-        },
+        NO_MODULES | config(architectures=["LlamaForCausalLM"]) | {"sentence_bert_config.json": None},
         "with flags",
         "--runner pooling --convert embed --pooler-config "
         '\'{"pooling_type": "MEAN", "use_activation": false}\' --max-model-len 512',
     ),
-    (
-        "vLLM",
-        {"modules.json": None, "bivec.json": RUN | {"normalize": True}},
-        "with flags",
-        '\'{"pooling_type": "MEAN"}\'',
-    ),
+    ("vLLM", NO_MODULES | run(), "with flags", '\'{"pooling_type": "MEAN"}\''),
     ("vLLM", {"1_Pooling/config.json": {"pooling_mode": "lasttoken"}}, "yes", ""),
+    ("vLLM", pooled("weightedmean_tokens", include_prompt=True), "no", "no pooling 'weighted_mean'"),
+    ("vLLM", PROMPTED, "no", "its prompts ('query') would be pooled with the text"),
+    ("vLLM", PROMPTED | pooled("lasttoken"), "yes", "('query') are put before a text by hand"),
+    ("vLLM", PROMPTED | pooled(include_prompt=True), "yes", "('query') are put before a text by hand"),
     (
         "vLLM",
-        {"1_Pooling/config.json": pooling("weightedmean_tokens", include_prompt=True)},
-        "no",
-        "no pooling 'weighted_mean'",
-    ),
-    (
-        "vLLM",
-        {"config_sentence_transformers.json": PROMPTS},
-        "no",
-        "its prompts ('query') would be pooled with the text",
-    ),
-    (
-        "vLLM",
-        {"config_sentence_transformers.json": PROMPTS, "1_Pooling/config.json": pooling("lasttoken")},
-        "yes",
-        "('query') are put before a text by hand",
-    ),
-    (
-        "vLLM",
-        {"config_sentence_transformers.json": PROMPTS, "1_Pooling/config.json": pooling(include_prompt=True)},
-        "yes",
-        "('query') are put before a text by hand",
-    ),
-    (
-        "vLLM",
-        {"config.json": {"architectures": ["MistralModel"], "model_type": "mistral", "sliding_window": 511}},
+        config(architectures=["MistralModel"], model_type="mistral", sliding_window=511),
         "no",
         "510 tokens to either side there, not 511",
     ),
+    ("vLLM", config(architectures=["MistralModel"], model_type="mistral", sliding_window=512), "yes", ""),
     (
         "vLLM",
-        {"config.json": {"architectures": ["MistralModel"], "model_type": "mistral", "sliding_window": 512}},
-        "yes",
-        "",
-    ),
-    (
-        "vLLM",
-        {"config.json": QWEN | {"model_type": "qwen3", "architectures": ["Qwen3Model"], "attention_bias": True}},
+        config(**QWEN | {"attention_bias": True, "model_type": "qwen3", "architectures": ["Qwen3Model"]}),
         "no",
         "no bias in o_proj",
     ),
-    ("vLLM", {"sentence_bert_config.json": {"max_seq_length": None}}, "no", "must be a number, got null"),
+    ("vLLM", length(None), "no", "must be a number, got null"),
+    ("vLLM", run(pooling="last"), "with flags", '\'{"pooling_type": "LAST"}\''),
+    ("vLLM", run(instruction="find:"), "no", "its prompts ('query') would be"),
+    (
+        "vLLM",
+        config(**SLIDING, layer_types=["sliding_attention", "sliding_attention"]),
+        "no",
+        "9 tokens to either side",
+    ),
+    ("vLLM", config(**SLIDING, layer_types=["full_attention", "full_attention"]), "yes", ""),
+    (
+        "vLLM",
+        config(**SLIDING | {"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}),
+        "no",
+        "some of its layers slide a window and some do not",
+    ),
+    ("vLLM", PROMPTED | pooled("lasttoken") | run(pooling="last"), "yes", "put before a text by hand"),
     (
         "TEI",
-        {"config.json": {"use_bidirectional_attention": ...}},
+        config(use_bidirectional_attention=...),
         "no",
         "use_bidirectional_attention: true in config.json it is causal",
     ),
-    ("TEI", {"config.json": {"is_causal": ...}, "bivec.json": RUN | {"normalize": True}}, "yes", ""),
-    ("TEI", {"config.json": QWEN | {"model_type": "qwen2", "use_bidirectional_attention": ...}}, "yes", ""),
+    ("TEI", config(is_causal=...) | run(), "yes", ""),
+    ("TEI", config(**QWEN, model_type="qwen2", use_bidirectional_attention=...), "yes", ""),
+    ("TEI", config(**QWEN, model_type="qwen2", is_causal=...) | run(), "no", "without is_causal: false"),
+    ("TEI", config(model_type="qwen2"), "no", "must have use_sliding_window"),
+    ("TEI", config(**QWEN | {"use_sliding_window": True, "model_type": "qwen2"}), "no", "refuses use_sliding_window"),
+    ("TEI", config(**QWEN, model_type="qwen3", head_dim=32), "yes", ""),
     (
         "TEI",
-        {"config.json": QWEN | {"model_type": "qwen2", "is_causal": ...}, "bivec.json": RUN | {"normalize": True}},
-        "no",
-        "without is_causal: false",
-    ),
-    ("TEI", {"config.json": {"model_type": "qwen2"}}, "no", "must have use_sliding_window"),
-    (
-        "TEI",
-        {"config.json": QWEN | {"model_type": "qwen2", "use_sliding_window": True}},
-        "no",
-        "refuses use_sliding_window",
-    ),
-    ("TEI", {"config.json": QWEN | {"model_type": "qwen3", "head_dim": 32}}, "yes", ""),
-    (
-        "TEI",
-        {"config.json": QWEN | {"model_type": "qwen3", "eos_token_id": [1, 2]}},
+        config(**QWEN, model_type="qwen3", eos_token_id=[1, 2]),
         "no",
         "eos_token_id in config.json must be one number",
     ),
-    ("TEI", {"config.json": {"model_type": "mistral", "eos_token_id": [1, 2], "sliding_window": None}}, "yes", ""),
-    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": 100}}, "no", "its sliding window (100)"),
-    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": 512}}, "yes", ""),
-    (
-        "TEI",
-        {"config.json": {"eos_token_id": [2, 3]}},
-        "no",
-        "eos_token_id in config.json must be one number, got [2, 3]",
-    ),
-    ("TEI", {"config.json": {"pad_token_id": -1}}, "no", "pad_token_id in config.json must be one number"),
-    ("TEI", {"config.json": {"rope_theta": ...}}, "no", "must have rope_theta"),
-    (
-        "TEI",
-        {"config.json": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
-        "yes",
-        "",
-    ),
-    ("TEI", {"config.json": {"rope_parameters": {"rope_theta": 1e4}}}, "no", "must have rope_theta and rope_type"),
-    ("TEI", {"config.json": {"rope_parameters": LLAMA3}}, "no", "leaves the scaling out, without a word"),
-    ("TEI", {"config.json": {"rope_scaling": LLAMA3}}, "no", "refuses to start"),
-    ("TEI", {"config.json": {"head_dim": 32}}, "no", "head_dim must be hidden_size / num_attention_heads (16), got 32"),
-    ("TEI", {"config.json": {"head_dim": 16}}, "yes", ""),
-    ("TEI", {"config.json": {"hidden_size": 48}}, "no", "heads of a multiple of 8 up to 256, got 12"),
-    ("TEI", {"config.json": {"attention_bias": True}}, "no", "those of attention_bias would be left out"),
-    ("TEI", {"config.json": {"initializer_range": ...}}, "no", "must have initializer_range"),
+    ("TEI", config(model_type="mistral", eos_token_id=[1, 2], sliding_window=None), "yes", ""),
+    ("TEI", config(model_type="mistral", sliding_window=100), "no", "its sliding window (100)"),
+    ("TEI", config(model_type="mistral", sliding_window=512), "yes", ""),
+    ("TEI", config(eos_token_id=[2, 3]), "no", "eos_token_id in config.json must be one number, got [2, 3]"),
+    ("TEI", config(pad_token_id=-1), "no", "pad_token_id in config.json must be one number"),
+    ("TEI", config(rope_theta=...), "no", "must have rope_theta"),
+    ("TEI", config(rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), "yes", ""),
+    ("TEI", config(rope_parameters={"rope_theta": 10000.0}), "no", "must have rope_theta and rope_type"),
+    ("TEI", config(rope_parameters=LLAMA3), "no", "leaves the scaling out, without a word"),
+    ("TEI", config(rope_scaling=LLAMA3), "no", "refuses to start"),
+    ("TEI", config(head_dim=32), "no", "head_dim must be hidden_size / num_attention_heads (16), got 32"),
+    ("TEI", config(head_dim=16), "yes", ""),
+    ("TEI", config(hidden_size=48), "no", "heads of a multiple of 8 up to 256, got 12"),
+    ("TEI", config(attention_bias=True), "no", "those of attention_bias would be left out"),
+    ("TEI", config(initializer_range=...), "no", "must have initializer_range"),
     (
         "TEI",
         {"1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False}},
         "with flags",
         "--pooling mean",
     ),
-    ("TEI", {"1_Pooling/config.json": pooling("lasttoken")}, "yes", ""),
-    (
-        "TEI",
-        {"1_Pooling/config.json": pooling("weightedmean_tokens", include_prompt=True)},
-        "no",
-        "no pooling 'weighted_mean'",
-    ),
-    ("TEI", {"config_sentence_transformers.json": PROMPTS}, "no", "its prompts ('query') would be pooled"),
-    (
-        "TEI",
-        {
-            "config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"},
-            "1_Pooling/config.json": pooling("lasttoken"),
-        },
-        "with flags",
-        "--default-prompt-name query",
-    ),
-    ("TEI", {"modules.json": modules("Transformer", "Pooling")}, "yes", '"normalize": false'),
+    ("TEI", pooled("lasttoken"), "yes", ""),
+    ("TEI", pooled("weightedmean_tokens", include_prompt=True), "no", "no pooling 'weighted_mean'"),
+    ("TEI", PROMPTED, "no", "its prompts ('query') would be pooled"),
+    ("TEI", PROMPTED_BY_DEFAULT | pooled("lasttoken"), "with flags", "--default-prompt-name query"),
+    ("TEI", NOT_NORMALIZED, "yes", '"normalize": false'),
     ("TEI", {"sentence_bert_config.json": {}}, "no", "must have max_seq_length"),
+    ("TEI", length(20000) | config(max_position_embeddings=32768), "with flags", "--max-batch-tokens 20000"),
+    ("TEI", config(model_type="mistral", sliding_window=None, rope_scaling=LLAMA3), "yes", ""),
     (
         "TEI",
-        {"sentence_bert_config.json": {"max_seq_length": 20000}, "config.json": {"max_position_embeddings": 32768}},
-        "with flags",
-        "--max-batch-tokens 20000",
-    ),
-    ("llama.cpp", {"modules.json": modules("Transformer", "Pooling")}, "with flags", "--embd-normalize -1"),
-    ("llama.cpp", {"sentence_bert_config.json": {"max_seq_length": 777}}, "with flags", "--ubatch-size 777"),
-    ("llama.cpp", {"1_Pooling/config.json": pooling("lasttoken")}, "with flags", "--pooling last"),
-    (
-        "llama.cpp",
-        {"1_Pooling/config.json": pooling("weightedmean_tokens", include_prompt=True)},
-        "no",
-        "no pooling 'weighted_mean'",
-    ),
-    ("llama.cpp", {"config_sentence_transformers.json": PROMPTS}, "no", "its prompts ('query') would be pooled"),
-    (
-        "llama.cpp",
-        {"config.json": {"model_type": "mistral", "sliding_window": 100}},
-        "with flags",
-        "--batch-size 100 --ubatch-size 100",
-    ),
-    ("llama.cpp", {"config.json": {"is_causal": ...}}, "no", "bidirectional models alone"),
-    ("llama.cpp", {"config.json": QWEN | {"model_type": "qwen3", "rope_scaling": LLAMA3}}, "no", "no rope of type"),
-    ("llama.cpp", {"config.json": {"rope_scaling": LLAMA3}}, "with flags", "--pooling mean"),
-    ("llama.cpp", {"config.json": {"model_type": "qwen3", "attention_bias": True}}, "no", "no bias in o_proj"),
-    ("llama.cpp", {"config.json": {"model_type": "llama", "attention_bias": True}}, "with flags", "--pooling mean"),
-    ("llama.cpp", {"config.json": {"model_type": "qwen2", "head_dim": 32}}, "no", "head_dim must be"),
-    ("llama.cpp", {"config.json": {"model_type": "qwen3", "head_dim": 32}}, "with flags", "--pooling mean"),
-    (
-        "llama.cpp",
-        {"config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"}},
-        "no",
-        "the prompt 'query' stands before every text",
-    ),
-    ("TEI", {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_scaling": LLAMA3}}, "yes", ""),
-    (
-        "TEI",
-        {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_parameters": LLAMA3}},
+        config(model_type="mistral", sliding_window=None, rope_parameters=LLAMA3),
         "no",
         "leaves the scaling out, without a word",
     ),
     (
         "TEI",
-        {"config.json": {"model_type": "mistral", "sliding_window": None, "rope_scaling": LINEAR}},
+        config(model_type="mistral", sliding_window=None, rope_scaling=LINEAR),
         "no",
         "scales it otherwise, without a word",
     ),
-    ("TEI", {"config.json": QWEN | {"model_type": "qwen3", "head_dim": 16}}, "yes", "the CPU's in float32"),
-    (
-        "TEI",
-        {"config.json": QWEN | {"model_type": "qwen3"}},
-        "no",
-        "head_dim must be hidden_size / num_attention_heads",
-    ),
-    ("transformers", {"bivec.json": RUN | {"window": [-1, 0]}}, "no", "bivec.json a causal window"),
-    ("transformers", {"sentence_bert_config.json": {"max_seq_length": 5000}}, "yes", "max_length=1024"),
-    (
-        "sentence-transformers",
-        {"config_sentence_transformers.json": PROMPTS, "bivec.json": RUN | {"normalize": True, "pools_prompt": True}},
-        "no",
-        "1_Pooling/config.json leaves prompts out of pooling, bivec.json does not",
-    ),
-    (
-        "vLLM",
-        {"bivec.json": RUN | {"normalize": True, "pooling": "last"}},
-        "with flags",
-        '\'{"pooling_type": "LAST"}\'',
-    ),
-    ("vLLM", {"bivec.json": RUN | {"normalize": True, "instruction": "find:"}}, "no", "its prompts ('query') would be"),
-    ("vLLM", {"config.json": SLIDING | {"layer_types": ["sliding_attention"] * 2}}, "no", "9 tokens to either side"),
-    ("vLLM", {"config.json": SLIDING | {"layer_types": ["full_attention"] * 2}}, "yes", ""),
-    (
-        "vLLM",
-        {"config.json": SLIDING | {"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}},
-        "no",
-        "some of its layers slide a window and some do not",
-    ),
-    (
-        "vLLM",
-        {
-            "config_sentence_transformers.json": PROMPTS,
-            "1_Pooling/config.json": pooling("lasttoken"),
-            "bivec.json": RUN | {"normalize": True, "pooling": "last"},
-        },
-        "yes",
-        "put before a text by hand",
-    ),
-    ("TEI", {"config.json": {"mlp_bias": True}}, "no", "those of mlp_bias would be left out"),
-    ("TEI", {"config.json": {"sliding_window": 100}}, "no", "its sliding window (100)"),
+    ("TEI", config(**QWEN, model_type="qwen3", head_dim=16), "yes", "the CPU's in float32"),
+    ("TEI", config(**QWEN, model_type="qwen3"), "no", "head_dim must be hidden_size / num_attention_heads"),
+    ("TEI", config(mlp_bias=True), "no", "those of mlp_bias would be left out"),
+    ("TEI", config(sliding_window=100), "no", "its sliding window (100)"),
     ("TEI", {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True}}, "with flags", "--pooling mean"),
     ("TEI", {}, "yes", "the CPU's refuses it; ROCm's, HPU's and Intel's are causal"),
+    ("llama.cpp", NOT_NORMALIZED, "with flags", "--embd-normalize -1"),
+    ("llama.cpp", length(777), "with flags", "--ubatch-size 777"),
+    ("llama.cpp", pooled("lasttoken"), "with flags", "--pooling last"),
+    ("llama.cpp", pooled("weightedmean_tokens", include_prompt=True), "no", "no pooling 'weighted_mean'"),
+    ("llama.cpp", PROMPTED, "no", "its prompts ('query') would be pooled"),
+    ("llama.cpp", config(model_type="mistral", sliding_window=100), "with flags", "--batch-size 100 --ubatch-size 100"),
+    ("llama.cpp", config(is_causal=...), "no", "bidirectional models alone"),
+    ("llama.cpp", config(**QWEN, model_type="qwen3", rope_scaling=LLAMA3), "no", "no rope of type"),
+    ("llama.cpp", config(rope_scaling=LLAMA3), "with flags", "--pooling mean"),
+    ("llama.cpp", config(model_type="qwen3", attention_bias=True), "no", "no bias in o_proj"),
+    ("llama.cpp", config(model_type="llama", attention_bias=True), "with flags", "--pooling mean"),
+    ("llama.cpp", config(model_type="qwen2", head_dim=32), "no", "head_dim must be"),
+    ("llama.cpp", config(model_type="qwen3", head_dim=32), "with flags", "--pooling mean"),
+    ("llama.cpp", PROMPTED_BY_DEFAULT, "no", "the prompt 'query' stands before every text"),
 ]
 
 
@@ -623,97 +501,3 @@ def test_the_command_line(tmp_path):
     found = CliRunner().invoke(cli.app, ["inspect", "--readers", "--model", "owner/name"])
     assert (found.exit_code, found.stdout) == (2, "")
     assert "bivec export --model owner/name --output DIR" in found.stderr
-
-
-def test_an_export_says_who_reads_it(tiny_llama_folder, tmp_path):
-    output = tmp_path / "out"
-    arguments = ["export", "--model", str(tiny_llama_folder), "--output", str(output)]
-    found = CliRunner().invoke(cli.app, arguments)
-    assert (found.exit_code, found.stdout) == (0, f"{output}\n"), found.stderr
-    lines = found.stderr.splitlines()
-    assert lines[:-1] == [str(verdict) for verdict in readers(output)]
-    assert lines[-1] == f"commands: bivec inspect --readers --model {output}"
-
-
-@pytest.fixture
-def exported(checkpoint_folders, tmp_path):
-    """Exports a run of a checkpoint, which has a description; returns the folder."""
-
-    def run(architecture, **description):
-        source = tmp_path / "run"
-        shutil.copytree(checkpoint_folders[architecture], source)
-        RunDescription("supervised", None, **description).write(source)
-        export(source, tmp_path / "it's out", dtype="float32")
-        return tmp_path / "it's out"
-
-    return run
-
-
-def run_here(folder, reader, expected):
-    """Runs what is printed for a Python reader; returns its variables, and bivec's encoder."""
-    verdict = next(verdict for verdict in readers(folder) if verdict.reader == reader)
-    assert verdict.verdict == expected, verdict
-    names: dict = {}
-    exec(verdict.command, names)
-    return names, Encoder.from_pretrained(folder, dtype="float32")
-
-
-@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last", "first"])
-@pytest.mark.parametrize(("architecture", "description"), [("llama", {}), ("qwen3", {"normalize": True})])
-def test_transformers_gives_these_vectors(exported, architecture, description, pooling):
-    folder = exported(architecture, pooling=pooling, **description)
-    names, encoder = run_here(folder, "transformers", "yes")
-    assert np.abs(names["vectors"].detach().numpy() - encoder.encode(["a text", "another"])).max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "description", [{"instruction": "find:"}, {"normalize": True}, {"instruction": "find:", "pooling": "last"}]
-)
-def test_sentence_transformers_gives_these_vectors(exported, description):
-    pytest.importorskip("sentence_transformers")
-    names, encoder = run_here(exported("mistral", **description), "sentence-transformers", "yes")
-    assert np.abs(names["queries"] - encoder.encode_query(["a question"])).max() < 1e-5
-    assert np.abs(names["documents"] - encoder.encode_document(["a text"])).max() < 1e-5
-
-
-def test_a_base_is_read_where_it_can_be_told(checkpoint_folders, tmp_path):
-    """It has no padding token, no length and no word on its mask, of which sentence-transformers must find the last."""
-    names, encoder = run_here(checkpoint_folders["mistral"], "transformers", "with flags")
-    assert np.abs(names["vectors"].detach().numpy() - encoder.encode(["a text", "another"])).max() < 1e-5
-    pytest.importorskip("sentence_transformers")
-    assert readers(checkpoint_folders["mistral"])[1].verdict == "no"
-    shutil.copytree(checkpoint_folders["mistral"], tmp_path / "told")
-    config = json.loads((tmp_path / "told" / "config.json").read_text())
-    (tmp_path / "told" / "config.json").write_text(json.dumps(config | {"is_causal": False}))
-    names, encoder = run_here(tmp_path / "told", "sentence-transformers", "with flags")
-    assert np.abs(names["documents"] - encoder.encode(["a text"])).max() < 1e-5
-
-
-@pytest.mark.parametrize("architecture", ["llama", "llama-bias", "mistral", "qwen2", "qwen3"])
-def test_the_export_for_llama_cpp_is_one_that_runs(exported, architecture):
-    pytest.importorskip("gguf")
-    verdict = readers(exported(architecture))[-1]
-    assert verdict.verdict == "with flags"
-    export_command, serve_command = verdict.command.splitlines()
-    program, *arguments = shlex.split(export_command)
-    found = CliRunner().invoke(cli.app, arguments)
-    assert (program, found.exit_code) == ("bivec", 0), found.stderr
-    written = Path(found.stdout.strip())
-    assert written.is_file()
-    assert shlex.split(serve_command)[:3] == ["llama-server", "--model", str(written)]
-    window = {"mistral": 7, "qwen2": 9}.get(architecture, 256)
-    assert f"--ubatch-size {window} " in serve_command
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes"), [("qwen3", {"attention_bias": True}), ("qwen2", {"head_dim": 32}), ("qwen3", LLAMA3)]
-)
-def test_what_llama_cpp_refuses_is_known_before(make_checkpoint, tmp_path, architecture, changes):
-    pytest.importorskip("gguf")
-    folder = make_checkpoint(tmp_path / "model", architecture)
-    config = json.loads((folder / "config.json").read_text())
-    changed = {"rope_parameters": changes} if "rope_type" in changes else changes
-    (folder / "config.json").write_text(json.dumps(config | changed))
-    assert readers(folder)[-1].verdict == "no"
-    with pytest.raises(ValueError, match="cannot be written as GGUF"):
-        export_gguf(folder, tmp_path / "out.gguf")
