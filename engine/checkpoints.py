@@ -19,7 +19,7 @@ from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .llm2vec import Llm2VecAdapter, last_part, own_name, read_adapter, read_merged
 from .modules import PublishedModel, read_published
-from .run_folder import RunDescription
+from .run_folder import RUN_FILE, RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # configuration, tokenizer and safetensors: no pickle and no code is ever downloaded
@@ -112,8 +112,17 @@ class _Part:
         if self.base is None:
             return None
         beside = self.folder.parent / self.base
-        found = beside if self.base.startswith(".") and beside.is_dir() else Path(self.base).expanduser()
-        return found if found.is_dir() else None
+        try:
+            found = beside if self.base.startswith(".") and beside.is_dir() else Path(self.base).expanduser()
+            return found if found.is_dir() else None
+        except (OSError, RuntimeError) as error:  # too long, not to be looked at, the home of nobody
+            raise ValueError(f"{self.file_of_base} names {self.base!r:.80}, which cannot be a folder") from error
+
+    @property
+    def file_of_base(self) -> Path:
+        """The file that names what it stands on."""
+        run = self.folder / RUN_FILE
+        return run if run.is_file() else self.folder / ADAPTER_FILES[0]
 
 
 def resolve(
@@ -145,7 +154,7 @@ def resolve(
             raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
         names.append(part.base)
         named_by = f", named by {part.folder}"
-        part = _Part.read_whole(part.beneath() or _fetch(part.base, others), others)
+        part = _Part.read_whole(part.beneath() or _fetch_base(part, others), others)
         tokenizers += [part.folder, *reversed(part.adapters)]
         chain, lines, run = part.adapters + chain, part.lines + lines, run or part.run
     base, base_name = part.folder, names[-1]
@@ -295,6 +304,18 @@ def adapter_base(folder: Path) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _fetch_base(part: _Part, hub: HubOptions) -> Path:
+    """`_fetch`, of the base that a folder's file names."""
+    assert part.base is not None
+    try:
+        return _fetch(part.base, hub)
+    except (FileNotFoundError, PermissionError) as error:
+        raise type(error)(
+            f"{part.file_of_base} names a base that is not to be had: {error}; where it lies elsewhere, give its "
+            f"folder as the model and {part.folder} as an adapter"
+        ) from error
 
 
 def _fetch(name: str, hub: HubOptions) -> Path:
