@@ -21,7 +21,7 @@ from .model import LlamaModel
 from .outputs import open_file
 from .prompts import model_prompts
 from .run_folder import RunDescription
-from .tokens import load_tokenizer
+from .tokens import TextTokenizer, load_tokenizer
 
 # names in llama.cpp: of architectures (Mistral is Llama there), of pooling modes, of files of each dtype
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -81,17 +81,23 @@ def export_gguf(
     if any(run.template):
         raise ValueError(f"{model} puts a chat template around texts, which a GGUF file cannot tell llama.cpp")
     _check_prompts(checkpoint, pools_prompt=pooling == "last" or run.pools_prompt)
-    tokenizer = load_tokenizer(checkpoint.tokenizer, config.vocab_size)
     try:
-        keys = _model_keys(config, max_length)
-        keys |= {"attention.causal": False, "pooling_type": int(gguf.PoolingType[_POOLING[pooling]])}
-        keys = {f"{_ARCHITECTURES[config.model_type]}.{key}": value for key, value in keys.items()}
-        of_tokenizer, caveats = tokenizer_keys(tokenizer, config.vocab_size)
+        of_model = _model_keys(config, max_length)
     except ValueError as error:
-        raise ValueError(f"{model} cannot be written as GGUF: {error}") from error
+        raise ValueError(f"{checkpoint.base / 'config.json'} cannot be written as GGUF: {error}") from error
+    loaded = load_tokenizer(checkpoint.tokenizer, config.vocab_size)
+    tokenizer = TextTokenizer(loaded, of_model["context_length"]).hugging_face
+    try:
+        keys, caveats = tokenizer_keys(tokenizer, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer of {checkpoint.tokenizer} cannot be written as GGUF: {error}; export the model as a folder"
+        ) from error
     if caveats:
         warnings.warn(f"llama.cpp gives other tokens to texts that {' or '.join(caveats)}", stacklevel=2)
-    keys |= of_tokenizer | {"general.file_type": int(gguf.LlamaFileType[_DTYPES[dtype][1]])}
+    of_model |= {"attention.causal": False, "pooling_type": int(gguf.PoolingType[_POOLING[pooling]])}
+    keys |= {f"{_ARCHITECTURES[config.model_type]}.{key}": value for key, value in of_model.items()}
+    keys |= {"general.file_type": int(gguf.LlamaFileType[_DTYPES[dtype][1]])}
     keys |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
     inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
     with open_file(Path(output), inputs) as path:

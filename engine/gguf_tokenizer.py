@@ -33,7 +33,7 @@ _PRE_TOKENIZERS = {
 def tokenizer_keys(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int) -> tuple[Keys, list[str]]:
     """GGUF's keys of a tokenizer, and which texts llama.cpp will give other tokens.
 
-    Texts that spell a special token (`</s>`) are each program's own affair: some take it for the token.
+    Texts that spell a special token (`</s>`) are each program's own affair: llama-server takes it for the token.
 
     Args:
         vocab_size: rows of the embedding; ids that the tokenizer lacks become unused tokens.

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bivec import Encoder, cli
+from bivec import DEFAULT_MODEL, Encoder, cli
 from bivec.engine.gguf_export import export_gguf
 from bivec.engine.outputs import open_locked
 from bivec.engine.run_folder import RunDescription
@@ -200,6 +200,7 @@ def as_run(base, **fields):
         ({}, {"pooling": "weighted_mean"}, "must be one of mean, first, last in a GGUF file, got 'weighted_mean'"),
         ({"pooling": "weighted_mean"}, {}, "got 'weighted_mean'"),
         ({}, {"dtype": "q4_0"}, "dtype must be one of float32, bfloat16, float16, q8_0, got 'q4_0'"),
+        ({}, {"max_length": 1}, "max_length must be at least 2 tokens, 1 of which the tokenizer adds, got 1"),
         ({"window": (-1, 0)}, {}, "only a bidirectional model"),
         ({"pools_special_tokens": False}, {}, "does not pool special tokens, which llama.cpp does"),
         ({"template": ("<s>user ", "</s>"), "pooling": "last"}, {}, "puts a chat template around texts"),
@@ -222,8 +223,14 @@ def test_what_a_file_cannot_say_is_refused(fresh_llama_folder, tmp_path, fields,
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(make_checkpoint, tmp_path, architecture, changes, message):
     base = make_checkpoint(tmp_path / "model", architecture, **changes)
-    with pytest.raises(ValueError, match=f"model cannot be written as GGUF: {message}"):
+    with pytest.raises(ValueError, match=rf"config\.json cannot be written as GGUF: {message}"):
         export_gguf(base, tmp_path / "model.gguf")
+
+
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tmp_path):
+    message = "the tokenizer of .*default_model cannot be written as GGUF: llama.cpp does not do its normalizer"
+    with pytest.raises(ValueError, match=message):
+        export_gguf(DEFAULT_MODEL, tmp_path / "model.gguf")
 
 
 def test_texts_of_which_llama_cpp_makes_other_tokens_are_warned_of(fresh_llama_folder, tmp_path):
