@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .llm2vec import Llm2VecAdapter, last_part, own_name, read_adapter, read_merged
-from .modules import PublishedModel, read_published
+from .modules import PUBLISHED, PublishedModel, read_published
 from .run_folder import RUN_FILE, RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -81,17 +81,28 @@ class _Part:
         ours = read_adapter(folder, base)
         if ours is None:
             return cls(folder, (folder,), (f"adapter {folder}",), base, run, is_open=run is None)
-        run = run or ours.description
-        if ours.mntp is not None:
-            mntp = _find_mntp(folder, ours, base, hub, given)
+        return cls._of_llm2vec(folder, ours, base, run or ours.description, hub, given)
+
+    @classmethod
+    def _of_llm2vec(
+        cls,
+        folder: Path,
+        adapter: Llm2VecAdapter,
+        base: str,
+        run: RunDescription,
+        hub: HubOptions,
+        given: Sequence[Path],
+    ) -> "_Part":
+        if adapter.mntp is not None:
+            mntp = _find_mntp(folder, adapter, base, hub, given)
             if not (mntp / ADAPTER_FILES[0]).is_file():
-                line = f"LLM2Vec adapter {folder}, on MNTP's as it is merged into its base (from {ours.source})"
+                line = f"LLM2Vec adapter {folder}, on MNTP's as it is merged into its base (from {adapter.source})"
                 return cls(folder, (folder,), (line,), str(mntp), run)
             base = _check_mntp(folder, base, mntp)
-            lines = (f"MNTP adapter {mntp} (from {ours.source})", f"LLM2Vec adapter {folder}")
+            lines = (f"MNTP adapter {mntp} (from {adapter.source})", f"LLM2Vec adapter {folder}")
             return cls(folder, (mntp, folder), lines, base, run)
-        if ours.source:
-            return cls(folder, (folder,), (f"MNTP adapter {folder} (from {ours.source})",), base, run)
+        if adapter.source:
+            return cls(folder, (folder,), (f"MNTP adapter {folder} (from {adapter.source})",), base, run)
         undecided = (
             f"{folder / ADAPTER_FILES[0]}: neither it nor the folder's name says whether this adapter of LLM2Vec is "
             f"MNTP's own or stands on MNTP's; name the order: --model {base} --adapter MNTP --adapter {folder}, or "
@@ -191,19 +202,17 @@ def resolve(
         run = run.on(base)
     tokenizer = next((folder for folder in tokenizers if _has_tokenizer(folder)), base)
     order = (f"{place}. {line}" for place, line in enumerate(lines, 1))
-    found = (f"base: {base_name}{named_by}", *order, f"vectors: {_vectors(run)}")
+    found = (f"base: {base_name}{named_by}", *order, f"vectors: {_vectors(run or RunDescription(PUBLISHED, None))}")
     return Checkpoint(str(model), base, base_name, tokenizer, chain, run, found)
 
 
-def _vectors(run: RunDescription | None) -> str:
-    """What a model's files say of how its vectors are made."""
-    if run is None:
-        return "nothing is said of them"
-    tokens = "all tokens, or of those after the prompt" if run.pools_special_tokens else "the text's tokens"
-    pooled = f"{run.pooling} of {'all tokens, a prompt too' if run.pools_prompt else tokens}"
+def _vectors(run: RunDescription) -> str:
+    """How a model's vectors are made where nothing else is asked for."""
+    own = "all tokens, or of those after the prompt" if run.pools_special_tokens else "the text's tokens"
+    pooled = "all tokens, a prompt's too" if run.pools_prompt else own
     template = f", template {run.template[0]!r} … {run.template[1]!r}" if any(run.template) else ""
     mask = "" if run.window == BIDIRECTIONAL else ", causal" if run.window == CAUSAL else f", window {run.window}"
-    return pooled + template + (", of length 1" if run.normalize else "") + mask
+    return f"{run.pooling} of {pooled}{template}{', of length 1' if run.normalize else ''}{mask}"
 
 
 def _find_mntp(folder: Path, adapter: Llm2VecAdapter, base: str, hub: HubOptions, given: Sequence[Path]) -> Path:

@@ -19,7 +19,7 @@ from .json_files import read_object
 from .model import LanguageModel, LlamaModel
 from .outputs import sync
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F16", "BF16", "F32", "F64")
 Model = TypeVar("Model", bound=LlamaModel | LanguageModel)

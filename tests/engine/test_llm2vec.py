@@ -227,6 +227,8 @@ def test_every_trace_of_mntp_is_followed(llama_3, publish, parent_library):
     assert [path.parent.parent.name for path in cached.adapters[:-1]] == [f"models--McGill-NLP--{MNTP}"]
     assert cached.adapters[-1] == moved
     assert cached.run.template == tuple(STACKS[LLAMA_3][2:])
+    publish(f"McGill-NLP/{SUPERVISED}", moved)
+    assert resolve(llama_3 / "base", f"McGill-NLP/{SUPERVISED}", hub).adapters[:-1] == cached.adapters[:-1]
 
 
 def test_a_name_that_is_not_published_may_be_traced_too(llama_3, publish):

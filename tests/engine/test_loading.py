@@ -112,7 +112,7 @@ def test_weights_that_let_no_token_reach_another_are_refused(fresh_llama_folder,
         load(fresh_llama_folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"])
 def test_a_pickle_is_refused(fresh_llama_folder, name):
     torch.save({}, fresh_llama_folder / name)
     (fresh_llama_folder / "model.safetensors").unlink()

@@ -209,7 +209,7 @@ def test_the_mask_is_what_transformers_makes_of_the_configuration(
     causal = is_causal is not False
     assert encoder.windows == (encoder.config.causal_windows if causal else encoder.config.bidirectional_windows)
     assert encoder.describe()["encoding"]["mask"].startswith("causal" if causal else "bidirectional")
-    assert encoder.checkpoint.found[-1] == "vectors: last of all tokens, a prompt too" + ", causal" * causal
+    assert encoder.checkpoint.found[-1] == "vectors: last of all tokens, a prompt's too" + ", causal" * causal
     assert_near(encoder.encode(TEXTS), theirs(by_transformers(folder), folder, "lasttoken"))
 
 
