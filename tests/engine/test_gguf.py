@@ -138,7 +138,7 @@ def test_every_key_of_a_llama(tiny_llama_folder, tmp_path):
     ("architecture", "changes", "expected"),
     [
         ("mistral", {}, {"llama.context_length": 7, "llama.attention.key_length": 16}),
-        ("qwen2", {}, {"qwen2.context_length": 9, "qwen2.attention.causal": False, "tokenizer.ggml.pre": "qwen2"}),
+        ("qwen2", {}, {"qwen2.context_length": 9, "qwen2.attention.causal": False}),
         ("qwen3", {}, {"qwen3.attention.key_length": 32, "qwen3.pooling_type": 1}),
         (
             "llama",
