@@ -25,11 +25,12 @@ from .adapters import WRAPPER, add_adapters, initial_factors
 from .checkpoints import ADAPTER_FILES, Checkpoint, resolve
 from .config import load_config
 from .model import LlamaModel
+from .modules import MAX_LENGTH_FILE
 from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import PROMPTS_FILE
 from .run_folder import RUN_FILE, RunDescription
-from .tokens import MAX_LENGTH_FILE, TOKENIZER_FILES, tokenizer_files
+from .tokens import TOKENIZER_FILES, tokenizer_files
 from .weights import load_model, save_tensors
 
 _OWN_NAMES = "|".join(map(re.escape, (*ADAPTER_FILES, RUN_FILE, PROMPTS_FILE, MAX_LENGTH_FILE, *TOKENIZER_FILES)))

@@ -8,11 +8,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .json_files import read_object
+
+if TYPE_CHECKING:
+    import torch
 
 # window of one layer, as flash-attention writes it: (tokens seen to the left, tokens seen to the right), -1 for all
 Window = tuple[int, int]
@@ -69,12 +70,14 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
-    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+    def inverse_frequencies(self, head_dim: int) -> "torch.Tensor":
         """Angular frequencies in radians per token, float32 `(head_dim / 2,)`.
 
         `llama3` is the rule of Llama 3.1: wavelengths beyond the original context are divided by `factor`, short
         ones are kept, those between are interpolated.
         """
+        import torch  # here, as it takes longer to import than it takes to look at a folder's files
+
         frequencies = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         if self.rope_type == "linear":
             return frequencies / self.factor

@@ -24,7 +24,7 @@ from .prompts import document_prompt, model_prompts, texts_and_prompts
 from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
-from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer, own_max_length
+from .tokens import Rejected, TextTokenizer, Tokenized, load_tokenizer
 from .weights import load_model
 
 Precision = Literal["float32", "float16", "int8"]
@@ -131,7 +131,7 @@ class Encoder:
             backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
             backend_reason = "asked for"
         if max_length is None:
-            max_length = own_max_length(checkpoint)
+            max_length = checkpoints.own_max_length(checkpoint)
         max_length = min(max_length, config.max_position_embeddings)
         run = checkpoint.run
         tokenizer = TextTokenizer(

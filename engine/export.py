@@ -11,16 +11,17 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from .adapters import load_merged
-from .checkpoints import Checkpoint, resolve
+from .checkpoints import Checkpoint, own_max_length, resolve
 from .config import BIDIRECTIONAL, load_config
 from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .model import LlamaModel
+from .modules import MAX_LENGTH_FILE
 from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import PROMPTS_FILE, document_prompt, model_prompts
 from .run_folder import RUN_FILE, RunDescription
-from .tokens import MAX_LENGTH_FILE, TextTokenizer, load_tokenizer, own_max_length
+from .tokens import TextTokenizer, load_tokenizer
 
 # sentence-transformers' name of each pooling mode
 _POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HubOptions, resolve
+from .checkpoints import HubOptions, own_max_length, resolve
 from .config import BIDIRECTIONAL, ModelConfig, load_config
 from .json_files import read_list, read_object
 from .modules import MAX_LENGTH_FILE, MODULES_FILE
 from .prompts import model_prompts
 from .run_folder import RunDescription
-from .tokens import own_max_length
 
 # of sentence-transformers' pooling modes those that bivec has; of its older keys what stands behind `pooling_mode_`
 _MODES = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last", "cls": "first"}

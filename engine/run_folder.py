@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels.pooling import POOLING_MODES
 from .config import BIDIRECTIONAL, Window
 from .json_files import read_object
 from .outputs import AtomicFile
 
 RUN_FILE = "bivec.json"
+# those of `kernels.pooling`, which imports torch
+POOLINGS = ("mean", "weighted_mean", "last", "first")
 EARLIER = "earlier"
 
 
@@ -81,8 +82,8 @@ class RunDescription:
         return run
 
     def _check(self, path: Path) -> None:
-        if self.pooling not in tuple(POOLING_MODES):
-            raise ValueError(f"{path}: pooling must be one of {', '.join(POOLING_MODES)}, got {self.pooling!r}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"{path}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if len(self.window) != 2 or not all(type(bound) is int and -1 <= bound < 2**31 for bound in self.window):
             raise ValueError(f"{path}: window must be two numbers of at least -1, got {self.window!r}")
         for name in self.earlier:

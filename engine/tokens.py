@@ -21,11 +21,8 @@ from typing import NamedTuple
 import tokenizers
 import transformers
 
-from .checkpoints import Checkpoint
 from .config import LLAMA_BIDIREC
 from .json_files import read_object
-from .llm2vec import own_llm2vec_length
-from .modules import MAX_LENGTH_FILE, MODULES_FILE
 
 # what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
 TOKENIZER_FILES = (
@@ -33,7 +30,6 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
 )
 
-_MAX_LENGTH = 512
 
 # a prefix of so many characters a token gives enough tokens for all but the oddest text; those get four times as many
 _PREFIX_CHARACTERS = 8
@@ -275,27 +271,6 @@ def _known_kind(folder: Path) -> transformers.LlamaConfig | None:
     path = folder / "config.json"
     is_unknown = path.is_file() and read_object(path).get("model_type") == LLAMA_BIDIREC
     return transformers.LlamaConfig() if is_unknown else None
-
-
-def own_max_length(checkpoint: Checkpoint) -> int:
-    """Tokens a text is cut to where nobody says: what LLM2Vec's or sentence-transformers' files say, else 512.
-
-    In the latter's layout it is the tokenizer's `model_max_length` where `max_seq_length` does not stand, which may be
-    beyond any model.
-    """
-    length = own_llm2vec_length((checkpoint.base, *checkpoint.adapters)[-1])
-    if length is not None:
-        return length
-    folder = checkpoint.tokenizer
-    if (folder / MAX_LENGTH_FILE).is_file() or (folder / MODULES_FILE).is_file():
-        for name, key in ((MAX_LENGTH_FILE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-            path = folder / name
-            found = read_object(path).get(key) if path.is_file() else None
-            if isinstance(found, bool) or not isinstance(found, int | None) or (found is not None and found < 1):
-                raise ValueError(f"{path}: {key} must be a number of tokens, got {found!r:.80}")
-            if found is not None:
-                return found
-    return _MAX_LENGTH
 
 
 def _reject(text: str, prompt: str) -> Rejected | None:

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 from bivec import cli
 from bivec.engine import checkpoints
 from bivec.engine.readers import READERS, readers
+from bivec.engine.run_folder import POOLINGS
+from bivec.kernels.pooling import POOLING_MODES
 
 CONFIG = {
     "architectures": ["LlamaModel"],
@@ -501,3 +505,15 @@ def test_the_command_line(tmp_path):
     found = CliRunner().invoke(cli.app, ["inspect", "--readers", "--model", "owner/name"])
     assert (found.exit_code, found.stdout) == (2, "")
     assert "bivec export --model owner/name --output DIR" in found.stderr
+
+
+def test_nothing_heavy_is_imported(tmp_path):
+    folder = write(tmp_path / "whole", run())
+    program = (
+        "import sys; from bivec.cli import app\n"
+        f"try: app(['inspect', '--readers', '--model', {str(folder)!r}])\n"
+        "finally: print({'torch', 'transformers', 'peft'} & set(sys.modules), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stderr == "set()\n"
+    assert POOLINGS == POOLING_MODES
