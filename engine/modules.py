@@ -173,6 +173,12 @@ def _check_transformer(folder: Path) -> None:
         return
     values = read_object(path)
     _refuse_unknown(path, values, (*_NEUTRAL, *_PASSED_ON, *_WITHOUT_EFFECT))
+    modalities = values.get("modality_config")
+    if isinstance(modalities, dict) and "message" in modalities:
+        raise ValueError(
+            f"{path}: modality_config has 'message', by which sentence-transformers puts each text into the "
+            "tokenizer's chat template; that is not computed, use sentence-transformers"
+        )
     for key, neutral in _NEUTRAL.items():
         if values.get(key) not in neutral:
             raise ValueError(f"{path}: {key} is not supported, got {values[key]!r:.80}; use sentence-transformers")

@@ -434,90 +434,6 @@ def test_what_llama_bidirec_may_not_ask_is_refused(fresh_llama_folder, changes, 
         load(nvidia(fresh_llama_folder, **changes))
 
 
-def entry(kind: object, path: object = "") -> dict:
-    return {"idx": 0, "name": "0", "path": path, "type": kind}
-
-
-PARTS = [entry(MODELS + "Transformer"), entry(MODELS + "Pooling", "1_Pooling")]
-DENSE = entry("sentence_transformers.base.modules.dense.Dense", "2_Dense")
-MODULES, POOLING = "modules.json", "1_Pooling/config.json"
-TRANSFORMER, MODEL = "sentence_bert_config.json", "config_sentence_transformers.json"
-CHAT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}, "message": {"method": "forward"}}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        (MODULES, {}, "must hold a JSON array, got dict"),
-        (MODULES, ["Transformer"], "each module must have a type and a path, got 'Transformer'"),
-        (MODULES, [{"type": 3, "path": ""}], "each module must have a type and a path"),
-        (MODULES, [entry(MODELS + "Transformer", None)], "each module must have a type and a path"),
-        (MODULES, [*PARTS, DENSE], r"the module '.*dense\.Dense' is not computed, .*; use the model with sentence-tr"),
-        (MODULES, [entry("custom_st.Transformer"), PARTS[1]], "the module 'custom_st.Transformer' is not computed"),
-        (MODULES, [entry("sentence_transformers.models.Evil.Pooling"), PARTS[1]], "Evil.Pooling' is not computed"),
-        (MODULES, [entry(MODELS + "Router"), PARTS[1]], "Router' is not computed"),
-        (MODULES, [], "in this order, got none"),
-        (MODULES, PARTS[:1], "in this order, got Transformer$"),
-        (MODULES, PARTS[::-1], "in this order, got Pooling, Transformer"),
-        (MODULES, [PARTS[0], entry(MODELS + "Pooling", "../1_Pooling")], "within the model's, got '../1_Pooling'"),
-        (MODULES, [entry(MODELS + "Transformer", "/etc"), PARTS[1]], "within the model's, got '/etc'"),
-        (MODULES, [entry(MODELS + "Transformer", "C:\\x"), PARTS[1]], "within the model's"),
-        (POOLING, None, "does not exist"),
-        (POOLING, [], "must hold a JSON object, got list"),
-        (POOLING, {"pooling_mode": "max"}, "pooling_mode must be one of mean, weightedmean, .* got 'max'"),
-        (POOLING, {"pooling_mode": ["mean", "cls"]}, r"pooling_mode must be one of .* got \['mean', 'cls'\]"),
-        (POOLING, {"pooling_mode_mean_sqrt_len_tokens": True}, "pooling_mode must be .* got 'mean_sqrt_len_tokens'"),
-        (POOLING, {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}, r"got \['cls', 'max'\]"),
-        (POOLING, {"pooling_mode_mean_tokens": 1}, "pooling_mode_mean_tokens must be true or false, got 1"),
-        (POOLING, {"include_prompt": "no"}, "include_prompt must be true or false, got 'no'"),
-        (POOLING, {"embedding_dimension": "64"}, "embedding_dimension must be one number, got '64'"),
-        (POOLING, {"embedding_dimension": 64, "word_embedding_dimension": 32}, "must be one number, got 32"),
-        (POOLING, {"pooling_mode_new": True}, "pooling_mode_new is not known, got True"),
-        ("2_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is not supported"),
-        (TRANSFORMER, {"do_lower_case": True}, "do_lower_case is not supported, got True"),
-        (TRANSFORMER, {"transformer_task": "fill-mask"}, "transformer_task is not supported, got 'fill-mask'"),
-        (TRANSFORMER, {"modality_config": CHAT}, "modality_config is not supported"),
-        (TRANSFORMER, {"query_length": 32}, "query_length is not supported, got 32"),
-        (TRANSFORMER, {"model_args": {"rope_scaling": {}}}, "model_args is not supported, got 'rope_scaling' there"),
-        (TRANSFORMER, {"model_kwargs": "dtype"}, "model_kwargs must be an object, got 'dtype'"),
-        (TRANSFORMER, {"max_seq_length": -1}, "max_seq_length must be a number of tokens, got -1"),
-        (TRANSFORMER, {"method": "forward"}, "method is not known, got 'forward'"),
-        ("tokenizer_config.json", {"model_max_length": "40"}, "model_max_length must be a number of tokens, got '40'"),
-        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side must be right, got 'left'"),
-        (MODEL, {"model_type": "SparseEncoder"}, "model_type must be SentenceTransformer, got 'SparseEncoder'"),
-        (MODEL, {"truncate_dim": 32}, "truncate_dim is not applied .*; remove it there and give it to encode"),
-        ("config.json", {"is_causal": 0}, "is_causal must be true or false, got 0"),
-    ],
-)
-def test_what_is_wrong_or_not_computed_is_named(fresh_llama_folder, name, value, message):
-    write_modules(fresh_llama_folder, normalize=True)
-    path = fresh_llama_folder / name
-    if value is None:
-        path.unlink()
-    elif name in ("config.json", "tokenizer_config.json"):
-        edit_json(path, **value)
-    else:
-        write_json(path, value)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as found:
-        load(fresh_llama_folder)
-    assert name in str(found.value)
-
-
-def test_another_width_is_named(fresh_llama_folder):
-    write_modules(fresh_llama_folder)
-    edit_json(fresh_llama_folder / POOLING, embedding_dimension=128)
-    with pytest.raises(ValueError, match=r"embedding_dimension is 128, but hidden_size in .*config\.json is 64"):
-        load(fresh_llama_folder)
-
-
-@pytest.mark.parametrize("name", [MODULES, POOLING, TRANSFORMER, MODEL])
-def test_a_truncated_file_is_named(fresh_llama_folder, name):
-    path = write_modules(fresh_llama_folder) / name
-    path.write_text(path.read_text()[:-3])
-    with pytest.raises(ValueError, match=rf"{path} is not valid JSON"):
-        load(fresh_llama_folder)
-
-
 def test_a_hub_snapshot_is_links_to_files(fresh_llama_folder, tmp_path):
     write_modules(fresh_llama_folder)
     snapshot = tmp_path / "snapshots" / "0"
@@ -526,3 +442,36 @@ def test_a_hub_snapshot_is_links_to_files(fresh_llama_folder, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
     assert np.array_equal(load(snapshot).encode(TEXTS), load(fresh_llama_folder).encode(TEXTS))
+
+
+def check(folder: Path, library) -> None:
+    """Every prompt gives the vectors that sentence-transformers gives."""
+    encoder = load(folder)
+    peer = library.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    for name in PROMPTS:
+        assert_near(encoder.encode(TEXTS, prompt_name=name), peer.encode(TEXTS, prompt_name=name))
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("family", ["llama-2", "mistral", "llama-3", "qwen-2", "qwen-3"])
+def test_every_family_of_tokenizers(family_folder, library, family, include_prompt):
+    """Their chat templates are not used."""
+    folder = write_modules(family_folder(family), "legacy", include_prompt=include_prompt)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    edit_json(folder / "tokenizer_config.json", pad_token=settings["eos_token"])
+    check(folder, library)
+
+
+def test_a_save_whose_texts_go_through_a_chat_template_is_refused(family_folder, library, tmp_path):
+    """sentence-transformers 6 does so with every checkpoint that has one."""
+    saved_by(library, family_folder("llama-3"), tmp_path / "saved", "mean", True)
+    with pytest.raises(ValueError, match=r"sentence_bert_config\.json: modality_config has 'message'"):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_a_real_model(shared_data, library, tmp_path, include_prompt):
+    folder = shutil.copytree(shared_data / "stories260K" / "hf", tmp_path / "model")
+    write_modules(folder, "legacy", include_prompt=include_prompt, normalize=True)
+    edit_json(folder / "tokenizer_config.json", pad_token="</s>")
+    check(folder, library)
