@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from bivec import Encoder
-from bivec.engine.checkpoints import resolve
+from bivec.engine.checkpoints import own_max_length, resolve
 from bivec.engine.prompts import model_prompts
-from bivec.engine.tokens import own_max_length
 
 
 def write_json(path: Path, value) -> None:
