@@ -262,25 +262,24 @@ def export_model(
     Example: bivec export --model runs/supervised --output encoder
     """
     with one_line_errors():
-        options: dict[str, Any] = {"adapters": adapter or [], "pooling": pooling, "normalize": normalize}
+        options: dict[str, Any] = {"adapters": adapter or [], "pooling": pooling, "max_length": max_length}
+        options["normalize"] = normalize
         if adapter_only and format == "gguf":
             raise ValueError("--adapter-only writes PEFT's format, so it does not go with --format gguf")
         if adapter_only:
             from .engine.adapter_export import export_adapter
 
-            if max_length is not None:
-                raise ValueError("--max-length has no place in the folder of --adapter-only; give it to bivec embed")
             export_adapter(model, output, dtype=dtype or "float32", **options)
             return echo(output)
         if format == "gguf":
             from .engine.gguf_export import export_gguf
 
-            export_gguf(model, output, max_length=max_length, dtype=dtype or "bfloat16", **options)
+            export_gguf(model, output, dtype=dtype or "bfloat16", **options)
             return echo(output)
         from .engine.export import export
         from .engine.readers import readers
 
-        export(model, output, max_length=max_length, dtype=dtype or "bfloat16", **options)
+        export(model, output, dtype=dtype or "bfloat16", **options)
         echo(output)
         for verdict in readers(output):
             echo(str(verdict), err=True)

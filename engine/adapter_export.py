@@ -8,7 +8,6 @@ another in `AutoModelForCausalLM`, on which PEFT would leave the adapter out wit
 """
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +21,20 @@ from torch import nn
 from ..kernels.pooling import POOLING_MODES
 from .adapter_config import ADAPTER_CONFIG, RESIDUAL_INITS
 from .adapters import WRAPPER, add_adapters, initial_factors
-from .checkpoints import ADAPTER_FILES, Checkpoint, resolve
-from .config import load_config
+from .checkpoints import ADAPTER_FILES, Checkpoint, own_max_length, resolve
+from .config import ModelConfig, load_config
+from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .model import LlamaModel
-from .modules import MAX_LENGTH_FILE
+from .modules import MAX_LENGTH_FILE, PROMPTS_FILE
 from .ops import DTYPES
 from .outputs import open_folder
-from .prompts import PROMPTS_FILE
+from .prompts import read_prompts
 from .run_folder import RUN_FILE, RunDescription
-from .tokens import TOKENIZER_FILES, tokenizer_files
+from .tokens import TextTokenizer, load_tokenizer
 from .weights import load_model, save_tensors
 
-_OWN_NAMES = "|".join(map(re.escape, (*ADAPTER_FILES, RUN_FILE, PROMPTS_FILE, MAX_LENGTH_FILE, *TOKENIZER_FILES)))
+_WRITTEN = (*ADAPTER_FILES, RUN_FILE, PROMPTS_FILE, MAX_LENGTH_FILE, "tokenizer.json", "tokenizer_config.json")
+_OWN_NAMES = "|".join(map(re.escape, _WRITTEN))
 # and the names that files have until they are whole: safetensors' own are .tmp and six letters
 _FILES = re.compile(rf"{_OWN_NAMES}|\.({_OWN_NAMES})\.tmp|\.tmp\w+")
 
@@ -46,6 +47,7 @@ def export_adapter(
     *,
     adapters: str | Path | Sequence[str | Path] = (),
     pooling: str | None = None,
+    max_length: int | None = None,
     dtype: str = "float32",
     normalize: bool = False,
 ) -> None:
@@ -56,7 +58,7 @@ def export_adapter(
     and so, but for rounding, the same vectors.
 
     Args:
-        model, adapters, pooling: as in `Encoder.from_pretrained`.
+        model, adapters, pooling, max_length: as in `Encoder.from_pretrained`.
         output: a folder that does not exist or is empty; it appears whole or not at all.
         dtype: of the written factors.
         normalize: whether every vector has length 1, in bivec, as it has where the model itself says so.
@@ -75,10 +77,24 @@ def export_adapter(
     run = replace(checkpoint.run or RunDescription("export", None), stage="export", base_model=base, earlier=())
     run = replace(run, pooling=pooling or run.pooling, normalize=normalize or run.normalize)
 
+    config = load_config(checkpoint.base)
+    if max_length is None:
+        max_length = own_max_length(checkpoint)
+    # what stands around a text is made of the tokens that are compared without it
+    tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
+
     inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
     with open_folder(Path(output), inputs, _FILES) as folder:
-        llama, factors = _sum_of_products(checkpoint)
-        config = _adapter_config(llama, {name: len(a) for name, (_, a) in factors.items()})
+        write_tokenizer(
+            tokenizer.hugging_face, folder, prompts=None, max_length=max_length, vocab_size=config.vocab_size
+        )
+        check_tokenizer(tokenizer, load_tokenizer(folder, config.vocab_size), {}, counted=False)
+        write_json(folder / MAX_LENGTH_FILE, {"max_seq_length": max_length, "do_lower_case": False})
+        prompts, default_prompt = read_prompts(checkpoint.tokenizer)
+        if prompts:
+            write_json(folder / PROMPTS_FILE, {"prompts": prompts, "default_prompt_name": default_prompt})
+        llama, factors = _sum_of_products(checkpoint, config)
+        lora = _adapter_config(llama, {name: len(a) for name, (_, a) in factors.items()})
         tensors = {}
         for name, (b, a) in factors.items():
             tensors[f"{name}.lora_A.weight"] = a.to(DTYPES[dtype])
@@ -86,11 +102,7 @@ def export_adapter(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} is not finite in {dtype}; dtype float32 has the widest range")
-        write_adapter(folder, config, tensors, base)
-        if checkpoint.tokenizer != checkpoint.base:
-            described = [checkpoint.tokenizer / name for name in (PROMPTS_FILE, MAX_LENGTH_FILE)]
-            for path in (*tokenizer_files(checkpoint.tokenizer), *filter(Path.is_file, described)):
-                shutil.copyfile(path, folder / path.name)
+        write_adapter(folder, lora, tensors, base)
         run.write(folder)
 
 
@@ -112,9 +124,8 @@ def base_reference(checkpoint: Checkpoint) -> str:
 
 
 @torch.no_grad()
-def _sum_of_products(checkpoint: Checkpoint) -> tuple[LlamaModel, dict[str, Factors]]:
+def _sum_of_products(checkpoint: Checkpoint, config: ModelConfig) -> tuple[LlamaModel, dict[str, Factors]]:
     """A checkpoint's model with its adapters, and by a linear's name the factors of all that they add to its weight."""
-    config = load_config(checkpoint.base)
     with torch.device("meta"):  # the sum needs no weights, unless an adapter began as a part of them
         llama = LlamaModel(config)
     names, inits = add_adapters(llama, checkpoint.adapters)

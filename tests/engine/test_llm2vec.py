@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from bivec import Encoder
+from bivec.engine.adapter_export import export_adapter
 from bivec.engine.checkpoints import HubOptions, resolve
 from bivec.engine.prompts import as_prompt
 from bivec.engine.published import BASES, RECIPE, TEMPLATES
@@ -479,3 +480,17 @@ def test_a_merged_save_is_a_checkpoint(llama_3, tmp_path, sign):
     assert (encoder.pooling, encoder.max_length) == (expected, 199 if expected == "last" else 256)
     reached = reference(llama_3, LLAMA_3, ["mntp", "mntp-supervised"], "", expected)
     assert_near(encoder.encode(TEXTS), reached)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_stack_is_one_adapter_for_peft(make_stack, tmp_path, stack):
+    """With its template, what it pools and its length, for bivec; where its base lies is named with it."""
+    top = shutil.copytree(make_stack(stack), tmp_path / "folders")
+    edit_json(top / f"{stack}-mntp-supervised" / "llm2vec_config.json", pooling_mode="mean", max_length=40)
+    edit_json(top / f"{stack}-mntp-supervised" / "adapter_config.json", base_model_name_or_path=str(top / "base"))
+    edit_json(top / f"{stack}-mntp" / "adapter_config.json", base_model_name_or_path=str(top / "base"))
+    export_adapter(top / f"{stack}-mntp-supervised", tmp_path / "out")
+    encoder = load(tmp_path / "out")
+    assert (encoder.checkpoint.adapters, encoder.max_length) == ((tmp_path / "out",), 40)
+    paired = encoder.encode([[INSTRUCTION, text] for text in TEXTS[:5]])
+    assert_near(paired, reference(top, stack, ["mntp", "mntp-supervised"], INSTRUCTION)[:5])
