@@ -1,8 +1,7 @@
 """What a published model's files say of its vectors: sentence-transformers' `modules.json`, or NVIDIA's `config.json`.
 
 sentence-transformers has written its modules' types and keys in several spellings; those that its version 6 loads are
-read.
-Such a model is what transformers makes of it: causal, unless its configuration says otherwise.
+read. Such a model is what transformers makes of it: causal, unless its configuration says otherwise.
 """
 
 import re
