@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
-from .llm2vec import Llm2VecAdapter, last_part, own_llm2vec_length, own_name, read_adapter, read_merged
+from .llm2vec import Llm2VecAdapter, last_part, local_folder, own_llm2vec_length, own_name, read_adapter, read_merged
 from .modules import MAX_LENGTH_FILE, MODULES_FILE, PUBLISHED, PublishedModel, read_published
 from .run_folder import RUN_FILE, RunDescription
 
@@ -232,14 +232,14 @@ def _find_mntp(folder: Path, adapter: Llm2VecAdapter, base: str, hub: HubOptions
         lower = read_adapter(given[0], adapter_base(given[0]))
         if lower is not None and lower.mntp is None:
             return given[0]
-    if beside.is_dir():
+    if local_folder(str(beside)) is not None:
         return beside
     if "/" not in adapter.mntp:
         missing, download = None, f"put it at {beside}"
     else:
         try:
             return _fetch(adapter.mntp, hub)
-        except (FileNotFoundError, PermissionError) as error:
+        except (OSError, RuntimeError) as error:  # not there, or no name of a folder
             missing = error
         cached = "/" in own_name(folder)
         download = f"hf download {adapter.mntp}" + ("" if cached else f" --local-dir {beside}")
@@ -259,14 +259,14 @@ def _check_mntp(folder: Path, base: str, mntp: Path) -> str:
     lower = read_adapter(mntp, below)
     if (lower is not None and lower.mntp is not None) or (run is not None and run.earlier):
         raise ValueError(f"{folder} stands on {mntp}, which is no MNTP adapter: it stands on another one itself")
-    first, second = (Path(name).expanduser() for name in (base, below))
-    if base == below or (first.is_dir() and second.is_dir() and first.samefile(second)):
+    first, second = local_folder(base), local_folder(below)
+    if base == below or (first is not None and second is not None and first.samefile(second)):
         return base
     if last_part(base) == last_part(own_name(mntp)):  # PEFT names what transformers was given
         return below
     raise ValueError(
-        f"{folder / ADAPTER_FILES[0]}: base_model_name_or_path is {base}, but its MNTP adapter {mntp} was trained on "
-        f"{below}; take both adapters of one stack, or write the same base in both files where it is the same"
+        f"{folder / ADAPTER_FILES[0]}: base_model_name_or_path is {base:.200}, but its MNTP adapter {mntp} was trained "
+        f"on {below:.200}; take both adapters of one stack, or write the same base in both files where it is the same"
     )
 
 

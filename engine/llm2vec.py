@@ -60,6 +60,15 @@ def last_part(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder of a name; None where there is none, or can be none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):  # too long, not to be looked at, the home of nobody
+        return None
+
+
 def read_adapter(folder: Path, base: str) -> Llm2VecAdapter | None:
     """What the files and the name of a PEFT folder say; None where it is none of LLM2Vec's.
 
@@ -156,8 +165,9 @@ def _describe(folder: Path, names: Sequence[str], base: str | None, is_mntp: boo
     LLM2Vec chooses a template by the base's hub id, or by what a folder's own configuration calls itself; where a base
     lies elsewhere, what is published under one of `names` has its own.
     """
-    whole = (folder if base is None else Path(base).expanduser()) / "config.json"
-    named = read_object(whole).get("_name_or_path") if whole.is_file() else base
+    place = folder if base is None else local_folder(base)
+    whole = place / "config.json" if place is not None else None
+    named = read_object(whole).get("_name_or_path") if whole is not None and whole.is_file() else base
     bases = [*(published_base(last_part(name)) for name in names), named]
     return RunDescription(
         stage=PUBLISHED,

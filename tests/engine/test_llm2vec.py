@@ -413,6 +413,23 @@ def test_an_mntp_of_another_base_is_refused(llama_3):
             resolve(*arguments)
 
 
+@pytest.mark.parametrize("base", ["~nobody-of-this-name/model", "x" * 5000, "nul\0", "/" + "x" * 999])
+def test_a_base_that_can_be_no_folder_is_refused(llama_3, base):
+    mntp, supervised = llama_3 / MNTP, llama_3 / SUPERVISED
+    edit_json(supervised / "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: base_model_name_or_path is .* was trained on"):
+        resolve(supervised)
+    edit_json(mntp / "adapter_config.json", base_model_name_or_path=base)
+    for one in (mntp, supervised):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"names .*, which|is no folder"):
+            resolve(one)
+    for name in (f"{base}-mntp", f"transformers_modules.{'x' * 999}.{ENCODER}"):
+        edit_json(supervised / "adapter_config.json", base_model_name_or_path=name)
+        trace(supervised, name if name.endswith(ENCODER) else None)
+        with pytest.raises(FileNotFoundError, match=r"stands on the MNTP adapter .* which is not here"):
+            resolve(supervised)
+
+
 def test_a_copy_without_configuration_or_with_a_pickle(llama_3):
     base, mntp, supervised = (llama_3 / name for name in ("base", MNTP, SUPERVISED))
     (mntp / "config.json").unlink()
