@@ -81,7 +81,7 @@ class _Part:
         base = adapter_base(folder)
         ours = read_adapter(folder, base)
         if ours is None:
-            return cls(folder, (folder,), (f"adapter {folder}",), base, run, is_open=run is None)
+            return cls(folder, (folder,), (f"adapter {folder}{_left_out(folder)}",), base, run, is_open=run is None)
         return cls._of_llm2vec(folder, ours, base, run or ours.description, hub, given)
 
     @classmethod
@@ -301,6 +301,12 @@ def _listed(adapters: Sequence[Path]) -> str:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _left_out(folder: Path) -> str:
+    """What an adapter was trained with and an encoder has no use of; more than heads is refused when it is loaded."""
+    saved = read_object(folder / ADAPTER_FILES[0]).get("modules_to_save")
+    return f", but for its head ({', '.join(map(str, saved))})" if isinstance(saved, list) and saved else ""
 
 
 def adapter_base(folder: Path) -> str:

@@ -93,6 +93,20 @@ def test_one_adapter_gives_the_states_of_the_chain(chain, tiny_llama_folder, tmp
     assert (plain - expected).norm() > 1e-2 * expected.norm()
 
 
+def test_a_real_model(make_adapter, shared_data, tmp_path):
+    base = shutil.copytree(shared_data / "stories260K" / "hf", tmp_path / "base")
+    folders = [make_adapter(base, tmp_path / f"adapter-{seed}", seed=seed, r=seed + 2) for seed in (1, 2)]
+    export_adapter(base, tmp_path / "out", adapters=folders)
+    encoder = load(tmp_path / "out")
+    ids = encoder.tokenizer(TEXTS[1])["input_ids"]
+    model = AutoModel.from_pretrained(base, dtype=torch.float32)
+    for folder in folders:
+        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    expected = states(model, ids)
+    assert_same(peft_states(base, tmp_path / "out", ids), expected)
+    assert_same(torch.from_numpy(encoder.encode(TEXTS[1])), expected.mean(0))
+
+
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 

@@ -237,6 +237,8 @@ def test_what_an_adapter_holds_of_a_head_is_no_part_of_the_encoder(checkpoint_fo
     get_peft_model(kind.from_pretrained(base), config).save_pretrained(tmp_path)
     assert f"base_model.model.{head}" in load_file(tmp_path / TENSORS)
     encoder = load(tmp_path)
+    (line,) = (line for line in encoder.checkpoint.found if line.startswith("1. adapter "))
+    assert ("but for its head (" in line) == ("lora" not in head)
     ids = encoder.tokenizer(TEXT)["input_ids"]
     stack = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path).base_model.model.model
     stack.config.is_causal = False
