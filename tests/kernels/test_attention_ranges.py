@@ -79,7 +79,7 @@ def test_ranges_hold_what_all_pairs_say(length, block, before, after, annealed, 
 EDGES = [(31, 31), (32, 47), (33, 48), (47, 15), (48, 33), (49, 64), (63, 0), (64, 32), (65, 17), (-1, 16), (46, -1)]
 
 
-@pytest.mark.parametrize(("window_size", "group_size"), zip(EDGES, itertools.cycle([1, 2])))
+@pytest.mark.parametrize(("window_size", "group_size"), list(zip(EDGES, itertools.cycle([1, 2]))))
 def test_a_window_at_every_place(device, window_size, group_size, check_against_truth):
     """Several blocks on both sides of the boundary, forward and backward."""
     factor = 1 if device == "cpu" else 4

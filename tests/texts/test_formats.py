@@ -322,7 +322,7 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path):
         ("a.csv", b'"a', []),
         ("a.jsonl", b"\n", []),
         ("a.jsonl", b"{\n", []),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-4], []),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], []),
         ("a.parquet", b"PAR1", []),
     ],
 )
