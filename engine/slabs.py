@@ -38,7 +38,8 @@ class Slabs:
         release: gives back what memory can be spared, such as captured graphs; called where memory runs out.
 
     Attributes:
-        tokens: what a slab holds at most; it becomes less where memory runs out.
+        tokens: what a slab holds at most; it becomes less where memory runs out, and is more than usual only where a
+            text is.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Slabs:
 
     def _divide(self, texts: Sequence[Tokenized], places: Sequence[int]) -> list[list[int]]:
         lengths = [len(texts[place].ids) for place in places]
-        tokens = self.tokens
+        # a model that takes very long texts packs others as any does
+        tokens = min(self.tokens, max(_TOKENS[self._device.type], *lengths))
         if self._at_once > 1:
             share = sum(lengths) // (_PASSES_A_THREAD * self._at_once)
             tokens = min(tokens, max(share // self._tile * self._tile, self._tile, *lengths))

@@ -87,6 +87,15 @@ def test_slabs_for_every_thread(at_once, num_slabs):
     assert all(tokens == 32 * len(slab) for slab, tokens in found)
 
 
+@pytest.mark.parametrize("longest", [100, 5000])
+def test_a_model_of_very_long_texts_packs_short_ones_as_any_other(longest):
+    slabs = Slabs(torch.device("cpu"), longest=100_000, at_once=1, tile=256)
+    texts = [Tokenized([0] * length, 0) for length in [100] * 99 + [longest]]
+    sizes = list(slabs.map(lambda slab, batch: batch.num_tokens, texts))
+    assert max(sizes) <= max(4096, longest)
+    assert sum(sizes) == 9900 + longest
+
+
 def test_a_failed_pass_ends_the_others():
     def fail(slab):
         done.append(slab)
