@@ -381,5 +381,6 @@ def _fetch(name: str, hub: HubOptions) -> Path:
         raise FileNotFoundError(f"{name} is neither a folder nor a model on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{name} is no folder here, and could not be read from the hub ({type(error).__name__}: {error})"
+            f"{name} is no folder here, and could not be read from the hub "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
