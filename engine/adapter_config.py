@@ -110,7 +110,7 @@ def _parse(values: dict[str, Any]) -> LoraConfig:
     if "lora_alpha" in values:
         _check_alpha("lora_alpha", values["lora_alpha"])
     for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-        patterns = values.get(key) or {}
+        patterns = {} if values.get(key) is None else values[key]
         if not isinstance(patterns, dict):
             raise ValueError(f"{key} must be an object, got {patterns!r:.80}")
         for pattern, value in patterns.items():

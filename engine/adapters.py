@@ -114,12 +114,13 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
         found[one] = file_key
     problems += [f"missing {prefix}{file_key}" for file_key in expected.keys() - set(found.values())]
     if not problems:
-        for one, tensor in read_tensors(found):
+        for one, read in read_tensors(found):
+            tensor = read.float()
             if not torch.isfinite(tensor).all():
                 problems.append(f"{one.name} holds NaN or infinity")
             key, parameter = expected[found[one]]
             owner, _, attribute = key.rpartition(".")
-            filled = nn.Parameter(tensor.float(), requires_grad=parameter.requires_grad)
+            filled = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(model.get_submodule(owner), attribute, filled)
     if problems:
         raise ValueError(f"{path} does not fit this base: {list_problems(sorted(problems))}")

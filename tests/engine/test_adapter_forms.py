@@ -177,6 +177,8 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tin
         ("lora_alpha", 1e400),
         ("use_rslora", "yes"),
         ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", []),
+        ("alpha_pattern", ""),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"(": 4}),
         ("alpha_pattern", {"q_proj": "8"}),

@@ -283,6 +283,7 @@ def test_an_adapter_of_another_base_is_refused(make_checkpoint, tiny_llama_folde
         (lambda t: t.pop(sorted(t)[0]), "does not fit this base: missing"),
         (lambda t: t.update({"base_model.model.head.lora_A.weight": torch.ones(4, 64)}), "unexpected base_model"),
         (lambda t: t[sorted(t)[0]].fill_(float("inf")), "holds NaN or infinity"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].double() * 1e300}), "holds NaN or infinity"),
         (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].int()}), "must be floating point .* got I32"),
         (
             lambda t: t.update({sorted(t)[0].removeprefix("base_model.model."): t[sorted(t)[0]].clone()}),
@@ -293,7 +294,7 @@ def test_an_adapter_of_another_base_is_refused(make_checkpoint, tiny_llama_folde
             "unexpected base_model",
         ),
     ],
-    ids=["missing", "extra", "infinite", "integers", "twice", "of two bases"],
+    ids=["missing", "extra", "infinite", "beyond float32", "integers", "twice", "of two bases"],
 )
 def test_adapter_tensors_that_do_not_fit_are_named(tiny_llama_folder, tmp_path, edit, message):
     save_adapter(tiny_llama_folder, tmp_path, 7)
