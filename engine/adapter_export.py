@@ -80,6 +80,7 @@ def export_adapter(
     config = load_config(checkpoint.base)
     if max_length is None:
         max_length = own_max_length(checkpoint)
+    max_length = min(max_length, config.max_position_embeddings)
     # what stands around a text is made of the tokens that are compared without it
     tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
 

@@ -166,6 +166,9 @@ def test_a_run_is_loaded_back_as_it_was(run, tiny_llama_folder, tmp_path):
     assert len({stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}) == 1
     export_adapter(run, tmp_path / "last", pooling="last")
     assert load(tmp_path / "last").pooling == "last"
+    (run / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 10**30}))  # as of many tokenizers
+    export_adapter(run, tmp_path / "long")
+    assert json.loads((tmp_path / "long" / "sentence_bert_config.json").read_text())["max_seq_length"] == 256
 
 
 def test_the_base_is_named_as_any_process_finds_it(make_adapter, tiny_llama_folder, tmp_path, monkeypatch):
