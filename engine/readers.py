@@ -7,10 +7,12 @@ text-embeddings-inference 1.9.3 (0d124dc) and llama.cpp (0c1e570), applied to th
 import shlex
 from pathlib import Path
 
+from .checkpoints import HubOptions, resolve
 from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .reader_files import ModelFiles
 from .reader_servers import judge_llama_cpp, judge_tei, judge_vllm
+from .run_folder import RunDescription
 from .verdicts import Findings, Verdict, export_command, is_causal_missing, judge_loading, named_prompts
 
 __all__ = ["READERS", "Verdict", "readers"]
@@ -33,10 +35,9 @@ def readers(folder: str | Path) -> list[Verdict]:
         )
     adapter = _adapter_of(path)
     if adapter is not None:
-        reason = f"it is an adapter on {adapter}: export it first"
-        return [Verdict(reader, "no", (reason,), command=export_command(path.absolute())) for reader in READERS]
+        return _adapter_verdicts(path, adapter)
     files = ModelFiles.read(path)
-    only_bivec = _only_bivec(files)
+    only_bivec = _only_bivec(files.run)
     if only_bivec:
         return [Verdict(reader, "no", (only_bivec,)) for reader in READERS]
     judges = (judge_transformers, judge_sentence_transformers, judge_vllm, judge_tei, judge_llama_cpp)
@@ -54,9 +55,22 @@ def _adapter_of(path: Path) -> str | None:
     return base
 
 
-def _only_bivec(files: ModelFiles) -> str | None:
+def _adapter_verdicts(path: Path, base: str) -> list[Verdict]:
+    """That nobody reads an adapter as a model, and what helps: an export, where one can be made."""
+    try:
+        run = resolve(path, hub=HubOptions(local_files_only=True)).run or RunDescription("published", None)
+    except FileNotFoundError:  # its base is not here, nor what it says of the mask
+        run = RunDescription("published", None)
+    reason = f"it is an adapter on {base}"
+    obstacle = _only_bivec(run) or ("it is causal, which is not exported" if run.window != BIDIRECTIONAL else None)
+    if obstacle:
+        return [Verdict(reader, "no", (reason, obstacle)) for reader in READERS]
+    command = export_command(path.absolute())
+    return [Verdict(reader, "no", (f"{reason}: export it first",), command=command) for reader in READERS]
+
+
+def _only_bivec(run: RunDescription) -> str | None:
     """What no other reader can be told."""
-    run = files.run
     if not run.pools_special_tokens and run.pooling != "last":
         return "it never pools BOS, which every other reader does"
     if any(run.template):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bivec import cli
 from bivec.engine import checkpoints
 from bivec.engine.readers import READERS, readers
-from bivec.engine.run_folder import POOLINGS
+from bivec.engine.run_folder import POOLINGS, RunDescription
 from bivec.kernels.pooling import POOLING_MODES
 
 CONFIG = {
@@ -335,6 +335,27 @@ def test_nothing_is_downloaded(tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError)):
         readers(folder)
     assert [options["local_files_only"] for options in asked] == [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({"pools_special_tokens": False}, "it never pools BOS, which every other reader does"),
+        ({"template": ("[INST] ", " [/INST]")}, "it puts texts into a chat template"),
+        ({"window": (-1, 0)}, "it is causal, which is not exported"),
+    ],
+)
+def test_an_adapter_that_cannot_be_exported_is_not_told_to_be(tiny_llama_folder, tmp_path, changes, obstacle):
+    base = {"base_model_name_or_path": str(tiny_llama_folder)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    RunDescription("supervised", str(tiny_llama_folder), **changes).write(tmp_path)
+    for verdict in readers(tmp_path):
+        assert (verdict.verdict, verdict.reasons[0], verdict.command) == (
+            "no",
+            f"it is an adapter on {tiny_llama_folder}",
+            "",
+        )
+        assert verdict.reasons[1].startswith(obstacle)
 
 
 def test_an_adapter_is_to_be_exported(tmp_path):
