@@ -414,7 +414,10 @@ class Encoder:
             raise ValueError("prompt and prompt_name must not both be given")
         if prompt_name is not None and prompt_name not in self.prompts:
             raise ValueError(f"prompt_name must be one of {sorted(self.prompts)}, got {prompt_name!r}")
-        return prompt if prompt is not None else self.prompts.get(prompt_name or self.default_prompt_name or "", "")
+        if prompt is None:
+            name = prompt_name if prompt_name is not None else self.default_prompt_name
+            prompt = "" if name is None else self.prompts[name]
+        return prompt
 
     def _check_device(self, device: str | torch.device | None) -> None:
         if device is None:

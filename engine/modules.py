@@ -93,6 +93,11 @@ def read_published(folder: Path) -> PublishedModel | None:
     """
     if (folder / MODULES_FILE).is_file():
         return _read_modules(folder)
+    if (folder / "1_Pooling").is_dir():
+        raise FileNotFoundError(
+            f"{folder / MODULES_FILE} does not exist, and 1_Pooling beside it says nothing without it; copy or "
+            "download it again, or remove 1_Pooling where this is a checkpoint alone"
+        )
     if not (folder / "config.json").is_file():
         return None
     values = read_object(folder / "config.json")
@@ -151,8 +156,8 @@ def _check_model(folder: Path) -> None:
     if not path.is_file():
         return
     values = read_object(path)
-    kind = values.get("model_type")
-    if kind not in (None, "SentenceTransformer"):
+    kind = values.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
         raise ValueError(f"{path}: model_type must be SentenceTransformer, got {kind!r:.80}")
     if values.get("truncate_dim") is not None:
         raise ValueError(
@@ -164,9 +169,13 @@ def _check_model(folder: Path) -> None:
 def _check_transformer(folder: Path) -> None:
     """That the files ask for plain last hidden states of plain text, which is cut at its end."""
     path = folder / "tokenizer_config.json"
-    side = read_object(path).get("truncation_side", "right") if path.is_file() else "right"
-    if side != "right":
+    side = read_object(path).get("truncation_side") if path.is_file() else None
+    if side not in (None, "right"):
         raise ValueError(f"{path}: truncation_side must be right, got {side!r:.80}; use sentence-transformers")
+    path = folder / "tokenizer.json"
+    cut = read_object(path).get("truncation") if side is None and path.is_file() else None
+    if isinstance(cut, dict) and cut.get("direction") == "Left":  # which transformers heeds where nothing else says
+        raise ValueError(f"{path}: truncation must have the direction Right, got 'Left'; use sentence-transformers")
     path = folder / MAX_LENGTH_FILE
     if not path.is_file():
         return

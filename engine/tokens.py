@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,8 @@ class TextTokenizer:
         backend = getattr(hugging_face, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer must have a fast form (tokenizer.json), got {type(hugging_face).__name__}")
-        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy: ours to configure
+        with _one_line(hugging_face.name_or_path):
+            self._backend = tokenizers.Tokenizer.from_str(backend.to_str())  # a copy: ours to configure
         self._backend.no_padding()
         self._backend.no_truncation()
         self.template = template
@@ -249,21 +251,37 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
     """The tokenizer of a local checkpoint folder.
 
     Raises:
-        ValueError: there is none, or it has more tokens than the model has embeddings.
+        ValueError: there is none, it has more tokens than the model has embeddings, or tokens are drawn at random.
     """
-    try:
+    with _one_line(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), config=_known_kind(Path(folder)), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # the tokenizers library raises nothing narrower, for a file newer than itself too
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {reason:.300}") from error
+        produced = set(tokenizer("")["input_ids"])
+    dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
+    if dropout:
+        raise ValueError(
+            f"{folder}: the tokenizer must give a text the same tokens each time, got dropout {dropout}; set it to "
+            "null in tokenizer.json"
+        )
     # a special token that nothing produces (a padding token added later) may lie beyond the embeddings
-    unused = set(tokenizer.all_special_ids) - set(tokenizer("")["input_ids"])
-    largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)
+    unused = set(tokenizer.all_special_ids) - produced
+    largest = max((produced | set(tokenizer.get_vocab().values())) - unused, default=-1)
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token id {largest}, but the model has {vocab_size} embeddings")
     return tokenizer
+
+
+@contextmanager
+def _one_line(folder: str | Path) -> Iterator[None]:
+    """Make a ValueError of whatever the libraries raise for a tokenizer's files."""
+    try:
+        yield
+    except BaseException as error:  # the tokenizers library raises nothing narrower, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {reason:.300}") from error
 
 
 def _known_kind(folder: Path) -> transformers.LlamaConfig | None:

@@ -312,6 +312,14 @@ def test_prompts_of_sentence_transformers(make_checkpoint, tmp_path):
         encoder.encode(TEXTS, prompt_name="other")
 
 
+def test_a_prompt_without_a_name_is_no_default(make_checkpoint, tmp_path):
+    make_checkpoint(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"": "x: "}}))
+    encoder = Encoder.from_pretrained(tmp_path, dtype="float32")
+    assert np.array_equal(encoder.encode(TEXTS), encoder.encode(TEXTS, prompt=""))
+    assert np.array_equal(encoder.encode(TEXTS, prompt_name=""), encoder.encode(TEXTS, prompt="x: "))
+
+
 def test_a_query_without_a_prompt_of_its_own_has_none(make_checkpoint, tmp_path):
     """The default prompt is that of `encode`, as in sentence-transformers."""
     make_checkpoint(tmp_path)

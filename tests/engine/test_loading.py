@@ -51,6 +51,39 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_checkpoint, tmp_path)
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("tokenizer_config.json", lambda values: values.update(model_max_length="512"), "holds no tokenizer .*'str'"),
+        (
+            "tokenizer.json",
+            lambda values: values["post_processor"]["special_tokens"].clear(),
+            "holds no tokenizer that transformers can read: no entry found for key",
+        ),
+        (
+            "tokenizer.json",
+            lambda values: values["post_processor"]["special_tokens"]["<s>"].update(ids=[4000]),
+            r"token id 4000, but the model has \d+ embeddings",
+        ),
+        (
+            "tokenizer.json",
+            lambda values: values["model"]["vocab"].update(dict.fromkeys(list(values["model"]["vocab"])[-2:], 300)),
+            "holds no tokenizer .* out of vocabulary",
+        ),
+        ("tokenizer.json", lambda values: values["model"].update(dropout=0.5), r"got dropout 0.5; set it to null in"),
+    ],
+    ids=["max length", "panic", "BOS beyond", "one id twice", "dropout"],
+)
+def test_a_tokenizer_that_cannot_be_relied_upon_is_refused(fresh_llama_folder, name, edit, message):
+    path = fresh_llama_folder / name
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as found:
+        load(fresh_llama_folder)
+    assert str(fresh_llama_folder) in str(found.value)
+
+
 def test_what_transformers_says_of_a_configuration_is_one_line(fresh_llama_folder):
     edit_json(fresh_llama_folder / "config.json", initializer_range="0.02")
     with pytest.raises(ValueError, match=r"no tokenizer that transformers can read: .*'initializer_range'.*'0.02'"):

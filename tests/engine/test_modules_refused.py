@@ -40,6 +40,7 @@ PARTS = [entry(MODELS + "Transformer"), entry(MODELS + "Pooling", "1_Pooling")]
 DENSE = entry("sentence_transformers.base.modules.dense.Dense", "2_Dense")
 MODULES, POOLING, NORMALIZE = "modules.json", "1_Pooling/config.json", "2_Normalize/config.json"
 TRANSFORMER, MODEL = "sentence_bert_config.json", "config_sentence_transformers.json"
+CUT_LEFT = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
 CHAT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}, "message": {"method": "forward"}}
 
 
@@ -83,6 +84,9 @@ CHAT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         (TRANSFORMER, {"method": "forward"}, "method is not known, got 'forward'"),
         ("tokenizer_config.json", {"model_max_length": "40"}, "model_max_length must be a number of tokens, got '40'"),
         ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side must be right, got 'left'"),
+        ("tokenizer.json", {"truncation": CUT_LEFT}, "truncation must have the direction Right, got 'Left'"),
+        (MODULES, None, "does not exist, and 1_Pooling beside it says nothing without it; copy or download it again"),
+        (MODEL, {"model_type": None}, "model_type must be SentenceTransformer, got None"),
         (MODEL, {"model_type": "SparseEncoder"}, "model_type must be SentenceTransformer, got 'SparseEncoder'"),
         (MODEL, {"truncate_dim": 32}, "truncate_dim is not applied .*; remove it there and give it to encode"),
         ("config.json", {"is_causal": 0}, "is_causal must be true or false, got 0"),
@@ -92,7 +96,7 @@ def test_what_is_wrong_or_not_computed_is_named(folder, name, value, message):
     path = folder / name
     if value is None:
         path.unlink()
-    elif name in ("config.json", "tokenizer_config.json"):
+    elif name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         edit_json(path, **value)
     else:
         write_json(path, value)
