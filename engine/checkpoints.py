@@ -19,7 +19,7 @@ from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .llm2vec import Llm2VecAdapter, last_part, local_folder, own_llm2vec_length, own_name, read_adapter, read_merged
 from .modules import MAX_LENGTH_FILE, MODULES_FILE, PUBLISHED, PublishedModel, read_published
-from .run_folder import RUN_FILE, RunDescription
+from .run_folder import EARLIER, RUN_FILE, RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # configuration, tokenizer and safetensors: no pickle and no code is ever downloaded
@@ -78,6 +78,11 @@ class _Part:
             folder, run = published.transformer, published
         if not (folder / ADAPTER_FILES[0]).is_file():
             return cls(folder, (), (), None, run or read_merged(folder))
+        if run is None and (folder / EARLIER).is_dir():
+            raise FileNotFoundError(
+                f"{folder / RUN_FILE} does not exist, and nothing else says in which order the adapters in {EARLIER} "
+                "lie beneath this one; copy the run again, whole"
+            )
         base = adapter_base(folder)
         ours = read_adapter(folder, base)
         if ours is None:

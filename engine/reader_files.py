@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HubOptions, own_max_length, resolve
+from .checkpoints import ADAPTER_FILES, HubOptions, own_max_length, resolve
 from .config import BIDIRECTIONAL, ModelConfig, load_config
 from .json_files import read_list, read_object
 from .modules import MAX_LENGTH_FILE, MODULES_FILE
@@ -64,6 +64,10 @@ class ModelFiles:
             FileNotFoundError: a file that it needs is not there.
         """
         checkpoint = resolve(folder, hub=HubOptions(local_files_only=True))
+        if checkpoint.adapters:
+            raise FileNotFoundError(
+                f"{folder / ADAPTER_FILES[0]} does not exist, and the folder is said to hold an adapter; copy it again"
+            )
         inner = checkpoint.base
         shape, config = load_config(inner), read_object(inner / "config.json")
         prompts, default = model_prompts(checkpoint)

@@ -5,6 +5,7 @@ it in `earlier/1`, `earlier/2`, …, and names its base; a run of full fine-tuni
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,15 @@ class RunDescription:
         if len(self.window) != 2 or not all(type(bound) is int and -1 <= bound < 2**31 for bound in self.window):
             raise ValueError(f"{path}: window must be two numbers of at least -1, got {self.window!r}")
         for name in self.earlier:
-            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            parts = Path(name).parts if isinstance(name, str) else ()
+            if not parts or Path(name).is_absolute() or ".." in parts:
                 raise ValueError(f"{path}: earlier must name folders within the run's, got {name!r}")
+        if len(set(self.earlier)) < len(self.earlier):
+            raise ValueError(f"{path}: earlier must name each folder once, got {self.earlier!r:.200}")
         if not isinstance(self.instruction, str) or not isinstance(self.base_model, str | None):
             raise ValueError(f"{path}: base_model and instruction must be strings")
+        if self.base_model == "" or (self.earlier and self.base_model is None):
+            raise ValueError(f"{path}: base_model must name what the adapters stand on, got {self.base_model!r}")
         pooled = ("pools_special_tokens", "pools_prompt", "counts_prompt_alone")
         for key in ("symmetric_instruction", "normalize", *pooled):
             if not isinstance(value := getattr(self, key), bool):
@@ -99,6 +105,9 @@ class RunDescription:
             raise ValueError(f"{path}: pools_prompt pools special tokens too, so pools_special_tokens must be true")
         if len(self.template) != 2 or not all(isinstance(part, str) for part in self.template):
             raise ValueError(f"{path}: template must be the strings before and after a text, got {self.template!r:.80}")
+        for key, words in (("instruction", self.instruction), ("template", "".join(self.template))):
+            if re.search("[\ud800-\udfff]", words):
+                raise ValueError(f"{path}: {key} must not hold a lone surrogate, got {words!r:.80}")
         if type(self.readout_shift) is not int or self.readout_shift not in (0, 1):
             raise ValueError(f"{path}: readout_shift must be 0 or 1, got {self.readout_shift!r:.80}")
 

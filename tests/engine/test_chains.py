@@ -136,6 +136,13 @@ def test_a_run_whose_earlier_adapter_is_missing_is_not_loaded_by_half(folders, t
         load(tiny_llama_folder, adapters=[tmp_path / "run"])
 
 
+def test_a_run_without_its_description_is_not_loaded_by_half(folders, tmp_path):
+    shutil.copytree(folders / "simcse", tmp_path / "run")
+    (tmp_path / "run" / "bivec.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run/bivec\.json does not exist, .* adapters in earlier"):
+        load(tmp_path / "run")
+
+
 def test_an_adapter_on_a_trained_checkpoint_keeps_its_description(folders, tiny_llama_folder, tmp_path):
     """A run of full fine-tuning is a base; what stands on it is read as it was."""
     AutoModel.from_pretrained(tiny_llama_folder, dtype=torch.float32).save_pretrained(tmp_path / "full")

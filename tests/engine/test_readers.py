@@ -119,7 +119,7 @@ def length(tokens):
 
 PROMPTED = {"config_sentence_transformers.json": PROMPTS}
 PROMPTED_BY_DEFAULT = {"config_sentence_transformers.json": PROMPTS | {"default_prompt_name": "query"}}
-NO_MODULES = {"modules.json": None}
+NO_MODULES = {"modules.json": None, "1_Pooling/config.json": None}
 NOT_NORMALIZED = {"modules.json": modules("Transformer", "Pooling")}
 RULES = [
     # (reader, changed files, verdict, what is said or to be run)
@@ -370,6 +370,12 @@ def test_an_adapter_is_to_be_exported(tmp_path):
             "--output",
             f"{folder}-exported",
         ]
+
+
+def test_a_run_that_lost_its_adapter_is_refused(tiny_llama_folder, tmp_path):
+    folder = write(tmp_path, {"bivec.json": RUN | {"base_model": str(tiny_llama_folder)}})
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist, and the folder is said to hold"):
+        readers(folder)
 
 
 def test_a_causal_model_of_others_is_causal_everywhere(tmp_path):
