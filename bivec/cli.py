@@ -262,6 +262,7 @@ def export_model(
     Example: bivec export --model runs/supervised --output encoder
     """
     with one_line_errors():
+        output = os.path.expanduser(output)  # as --model is, by which the readers are asked of it
         options: dict[str, Any] = {"adapters": adapter or [], "pooling": pooling, "max_length": max_length}
         options["normalize"] = normalize
         if adapter_only and format == "gguf":

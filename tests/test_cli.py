@@ -297,6 +297,13 @@ def test_export(tiny_llama_folder, tmp_path):
     assert (again.exit_code, again.stderr) == (2, f"error: {tmp_path / 'out'} exists and is no empty folder\n")
 
 
+def test_an_export_is_found_where_the_readers_look(tiny_llama_folder, tmp_path, monkeypatch):
+    """A shell leaves the tilde of `--output=~/out` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = invoke("export", "--model", tiny_llama_folder, "--output=~/out")
+    assert (found.exit_code, found.stdout) == (0, f"{tmp_path / 'out'}\n"), found.stderr
+
+
 def test_the_table_is_aligned():
     description = {"model": {"name": "x\n\x1b[2J", "hidden size": 64}, "prompts": {}, "self-test": "passed"}
     assert list(cli._table(description)) == [
