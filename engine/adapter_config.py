@@ -94,7 +94,8 @@ def _parse(values: dict[str, Any]) -> LoraConfig:
     defaults = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
     for key, value in values.items():
         known = key in _READ or key in _OF_TRAINING
-        if not known and value not in (None, False, "none", [], {}, defaults.get(key)) and not _of_heads(key, value):
+        # {} is no neutral value: of KaSA and its like it means their defaults
+        if not known and value not in (None, False, "none", [], defaults.get(key)) and not _of_heads(key, value):
             raise ValueError(f"{key} is not supported, got {value!r:.80}; {MERGE}")
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INITS + RESIDUAL_INITS:

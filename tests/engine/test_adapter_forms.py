@@ -165,6 +165,7 @@ def test_loading_draws_no_random_numbers_and_is_the_same_twice(make_adapter, tin
         ("velora_config", {"scale": 1.0}),
         ("monteclora_config", {"num_samples": 2}),
         ("kasa_config", {"beta": 1e-4}),
+        ("kasa_config", {}),
         ("use_bdlora", {"nblocks": 2}),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("a_key_of_tomorrow", True),
