@@ -251,13 +251,19 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
     """The tokenizer of a local checkpoint folder.
 
     Raises:
-        ValueError: there is none, it has more tokens than the model has embeddings, or tokens are drawn at random.
+        ValueError: there is none, it has more tokens than the model has embeddings, it tells no texts apart, or draws
+            tokens at random.
     """
     with _one_line(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), config=_known_kind(Path(folder)), trust_remote_code=False, local_files_only=True
         )
-        produced = set(tokenizer("")["input_ids"])
+        around, first, second = tokenizer(["", "a", "b"])["input_ids"]
+    if first == second:  # transformers makes an empty one where tokenizer.json is not there
+        raise ValueError(
+            f"{folder}: the tokenizer gives the texts 'a' and 'b' the same tokens, {first}; copy or download its files "
+            "again, tokenizer.json among them"
+        )
     dropout = getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None)
     if dropout:
         raise ValueError(
@@ -265,8 +271,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> transformers.PreTrain
             "null in tokenizer.json"
         )
     # a special token that nothing produces (a padding token added later) may lie beyond the embeddings
-    unused = set(tokenizer.all_special_ids) - produced
-    largest = max((produced | set(tokenizer.get_vocab().values())) - unused, default=-1)
+    unused = set(tokenizer.all_special_ids) - set(around)
+    largest = max(set(around).union(tokenizer.get_vocab().values()) - unused, default=-1)
     if largest >= vocab_size:
         raise ValueError(f"{folder}: the tokenizer has token id {largest}, but the model has {vocab_size} embeddings")
     return tokenizer

@@ -84,6 +84,19 @@ def test_a_tokenizer_that_cannot_be_relied_upon_is_refused(fresh_llama_folder, n
     assert str(fresh_llama_folder) in str(found.value)
 
 
+def test_a_tokenizer_whose_tokens_are_lost_is_refused(fresh_llama_folder):
+    """Of some classes transformers makes one of three tokens: each text would be its BOS alone."""
+    edit_json(
+        fresh_llama_folder / "tokenizer_config.json",
+        tokenizer_class="LlamaTokenizer",
+        add_bos_token=True,
+        unk_token="<s>",
+    )
+    (fresh_llama_folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"gives the texts 'a' and 'b' the same tokens, .* tokenizer\.json among them"):
+        load(fresh_llama_folder)
+
+
 def test_what_transformers_says_of_a_configuration_is_one_line(fresh_llama_folder):
     edit_json(fresh_llama_folder / "config.json", initializer_range="0.02")
     with pytest.raises(ValueError, match=r"no tokenizer that transformers can read: .*'initializer_range'.*'0.02'"):
