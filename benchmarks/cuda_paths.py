@@ -9,7 +9,6 @@ are few and weights have no values, so all of it takes seconds.
 import argparse
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -32,6 +31,7 @@ from ..engine.encoder import Encoder
 from ..engine.model import LlamaModel
 from ..engine.packing import PackedBatch
 from ..engine.runner import Runner
+from ..engine.tokens import copy_tokenizer
 from ..training import loop, trainee
 from ..training.settings import STAGES
 from .device_counts import Section
@@ -146,7 +146,8 @@ def _words(place: int, length: int) -> list[str]:
 
 def _model_folder(folder: Path, base: str, num_layers: int) -> None:
     """What training reads of a checkpoint, but for the weights."""
-    shutil.copytree(DEFAULT_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "bivec.json", "config.json"))
+    folder.mkdir()
+    copy_tokenizer(DEFAULT_MODEL, folder)
     values = _SMALL | CONFIGURATIONS[base] | {"num_hidden_layers": num_layers}
     (folder / "config.json").write_text(json.dumps(values))
 
