@@ -4,8 +4,8 @@ A space that ends a prompt counts as the text's: most tokenizers make one token 
 before a digit, and so a prompt has the same number of tokens before every text (as in sentence-transformers).
 
 Special-token strings inside a text (`</s>`, `<|eot_id|>`) are plain text. Texts are cut to `max_length` tokens, special
-tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do. A long text is cut
-before it is tokenised, where that cannot change its first tokens.
+tokens included, by the tokenizer's own truncation, as transformers and sentence-transformers do, and always at their
+end. A long text is cut before it is tokenised, where that cannot change its first tokens.
 
 A chat template stands around prompt and text. What of it special tokens enclose is added as the tokenizer's own BOS is;
 the characters next to the text are tokenised with it, as if template and text were one string.
