@@ -21,6 +21,7 @@ from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
 from .prompts import document_prompt, model_prompts, texts_and_prompts
+from .run_folder import RunDescription
 from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
@@ -133,14 +134,14 @@ class Encoder:
         if max_length is None:
             max_length = checkpoints.own_max_length(checkpoint)
         max_length = min(max_length, config.max_position_embeddings)
-        run = checkpoint.run
+        run = checkpoint.run or RunDescription("published", None)
         tokenizer = TextTokenizer(
             load_tokenizer(checkpoint.tokenizer, config.vocab_size),
             max_length,
-            pools_special_tokens=run.pools_special_tokens if run else True,
-            pools_prompt=run.pools_prompt if run else False,
-            template=run.template if run else ("", ""),
-            counts_prompt_alone=run.counts_prompt_alone if run else False,
+            pools_special_tokens=run.pools_special_tokens,
+            pools_prompt=run.pools_prompt,
+            template=run.template,
+            counts_prompt_alone=run.counts_prompt_alone,
         )
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
@@ -149,12 +150,12 @@ class Encoder:
                 llama,
                 tokenizer,
                 checkpoint,
-                pooling=pooling or (run.pooling if run else "mean"),
+                pooling=pooling or run.pooling,
                 backend=backend,
-                window=window or (run.window if run else BIDIRECTIONAL),
+                window=window or run.window,
                 asked_dtype=dtype,
                 backend_reason=backend_reason,
-                normalize=run.normalize if run else False,
+                normalize=run.normalize,
             )
 
     def __reduce__(self) -> NoReturn:
