@@ -214,7 +214,8 @@ class Encoder:
         """Embed texts; arguments as in sentence-transformers.
 
         An empty text that leaves no token to pool (it stands under a prompt, or the tokenizer adds no BOS) has the zero
-        vector; so has white space that the tokenizer drops. `encode_rows` and `bivec embed` report it instead.
+        vector; so has white space that the tokenizer drops, and what a sentence-transformers folder that leaves prompts
+        out of pooling counts as its prompt's. `encode_rows` and `bivec embed` report it instead.
 
         Args:
             sentences: texts, in a list, an array or another iterable; one `str` gives one vector;
@@ -462,7 +463,7 @@ def _quantize(vectors: torch.Tensor, precision: Precision) -> torch.Tensor:
 
 
 def _without_tokens(text: Tokenized | Rejected) -> Tokenized | Rejected:
-    """An empty text as one that is run with no tokens, whose vector is zero."""
+    """A text that leaves none of its tokens to pool as one that is run with no tokens, whose vector is zero."""
     return Tokenized([], 0) if isinstance(text, Rejected) and text.ids is not None else text
 
 

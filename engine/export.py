@@ -16,15 +16,12 @@ from .config import BIDIRECTIONAL, load_config
 from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .model import LlamaModel
-from .modules import MAX_LENGTH_FILE
+from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES
 from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import PROMPTS_FILE, document_prompt, model_prompts
-from .run_folder import RUN_FILE, RunDescription
+from .run_folder import POOLINGS, RUN_FILE, RunDescription
 from .tokens import TextTokenizer, load_tokenizer
-
-# sentence-transformers' name of each pooling mode
-_POOLING = {"mean": "mean_tokens", "weighted_mean": "weightedmean_tokens", "last": "lasttoken", "first": "cls_token"}
 
 _FILES = re.compile(
     r"(config|tokenizer|tokenizer_config|modules|(1_Pooling|2_Normalize)/config|model\.safetensors\.index)\.json"
@@ -62,8 +59,8 @@ def export(
     config = load_config(checkpoint.base)
     run = replace(checkpoint.run or RunDescription("export", None), stage="export", base_model=None, earlier=())
     run = replace(run, pooling=pooling or run.pooling, normalize=normalize or run.normalize)
-    if run.pooling not in _POOLING:
-        raise ValueError(f"pooling must be one of {', '.join(_POOLING)}, got {run.pooling!r}")
+    if run.pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {run.pooling!r}")
     if run.window != BIDIRECTIONAL:
         raise ValueError(f"{model} sees the window {run.window}; only a bidirectional model can be exported")
     if any(run.template):
@@ -146,7 +143,7 @@ def _write_modules(folder: Path, width: int, run: RunDescription, max_length: in
     ]
     write_json(folder / "modules.json", modules)
     write_json(folder / MAX_LENGTH_FILE, {"max_seq_length": max_length, "do_lower_case": False})
-    modes = {f"pooling_mode_{name}": mode == run.pooling for mode, name in _POOLING.items()}
+    modes = {key: MODES[mode] == run.pooling for key, mode in LEGACY_MODES.items() if mode in MODES}
     # the last token is the same with the prompt, which need not be counted then
     included = {"include_prompt": run.pools_prompt or run.pooling == "last"}
     (folder / "1_Pooling").mkdir()

@@ -23,8 +23,8 @@ _TYPE = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_tra
 _ORDERS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 
 # bivec's name of each pooling mode of sentence-transformers, and of what was a key for each
-_POOLING = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last", "cls": "first"}
-_LEGACY_MODES = {
+MODES = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last", "cls": "first"}
+LEGACY_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -202,17 +202,17 @@ def _check_transformer(folder: Path) -> None:
 def _read_pooling(path: Path) -> tuple[str, bool, int | None]:
     """The pooling mode, whether prompts are pooled, and the states' width, from either spelling."""
     values = read_object(path)
-    _refuse_unknown(path, values, ("pooling_mode", "include_prompt", *_WIDTHS, *_LEGACY_MODES))
+    _refuse_unknown(path, values, ("pooling_mode", "include_prompt", *_WIDTHS, *LEGACY_MODES))
     include_prompt = values.get("include_prompt", True)
-    for key in ("include_prompt", *_LEGACY_MODES):
+    for key in ("include_prompt", *LEGACY_MODES):
         if not isinstance(values.get(key, True), bool):
             raise ValueError(f"{path}: {key} must be true or false, got {values[key]!r:.80}")
     modes = values.get("pooling_mode")
     if modes is None:
-        modes = [mode for key, mode in _LEGACY_MODES.items() if values.get(key)] or "mean"
+        modes = [mode for key, mode in LEGACY_MODES.items() if values.get(key)] or "mean"
     mode = modes[0] if isinstance(modes, list) and len(modes) == 1 else modes
-    if not isinstance(mode, str) or mode not in _POOLING:
-        raise ValueError(f"{path}: pooling_mode must be one of {', '.join(_POOLING)}, got {mode!r:.80}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"{path}: pooling_mode must be one of {', '.join(MODES)}, got {mode!r:.80}")
     if mode == "weightedmean" and not include_prompt:
         raise ValueError(
             f"{path}: pooling_mode 'weightedmean' with include_prompt false is not computed: sentence-transformers' "
@@ -224,7 +224,7 @@ def _read_pooling(path: Path) -> tuple[str, bool, int | None]:
         if isinstance(width, bool) or not isinstance(width, int) or width != widths[0]:
             raise ValueError(f"{path}: embedding_dimension must be one number, got {width!r:.80}")
     # the last token is the same with the prompt, which need not be counted then
-    return _POOLING[mode], include_prompt or mode == "lasttoken", widths[0] if widths else None
+    return MODES[mode], include_prompt or mode == "lasttoken", widths[0] if widths else None
 
 
 def _check_normalize(path: Path) -> None:

@@ -8,15 +8,10 @@ from typing import Any
 from .checkpoints import ADAPTER_FILES, HubOptions, own_max_length, resolve
 from .config import BIDIRECTIONAL, ModelConfig, load_config
 from .json_files import read_list, read_object
-from .modules import MAX_LENGTH_FILE, MODULES_FILE
+from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES, MODULES_FILE
 from .prompts import model_prompts
 from .run_folder import RunDescription
 
-# of sentence-transformers' pooling modes those that bivec has; of its older keys what stands behind `pooling_mode_`
-_MODES = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last", "cls": "first"}
-_LEGACY = {
-    f"pooling_mode_{mode}{end}": mode for mode, end in zip(_MODES, ("_tokens", "_tokens", "", "_token"), strict=True)
-}
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MOST_HEADER_BYTES = 2**26
 
@@ -106,8 +101,8 @@ class ModelFiles:
         mode = values.get("pooling_mode")
         if mode is None:
             old = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
-            mode = [_LEGACY.get(key, key) for key in old] or ["mean"]
-        return " + ".join(_MODES.get(str(one), str(one)) for one in (mode if isinstance(mode, list) else [mode]))
+            mode = [LEGACY_MODES.get(key, key) for key in old] or ["mean"]
+        return " + ".join(MODES.get(str(one), str(one)) for one in (mode if isinstance(mode, list) else [mode]))
 
     @property
     def sliding_window(self) -> int | None:

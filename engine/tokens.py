@@ -51,7 +51,7 @@ class Tokenized(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A text that has no embedding, and why; `ids` are the tokens around a text that is empty, None for any other."""
+    """A text that has no embedding, and why; `ids` are its tokens where merely none is left to pool, else None."""
 
     reason: str
     ids: list[int] | None = None
@@ -159,7 +159,8 @@ class TextTokenizer:
     ) -> Tokenized | Rejected:
         ids = encoding.ids
         # where there was no room for a token of its own, a text is not merely empty
-        around = ids if len(ids) < self.max_length and not text.strip() else None
+        has_room = len(ids) < self.max_length
+        around = ids if has_room and not text.strip() else None
         if self.pools_prompt or (self.pools_special_tokens and not prompt):
             if ids:
                 return Tokenized(ids, 0)
@@ -168,7 +169,7 @@ class TextTokenizer:
             if prompt_length < len(ids):
                 return Tokenized(ids, prompt_length)
             reason = f"no token of {len(ids)} is left after the prompt's {prompt_length} (max_length {self.max_length})"
-            return Rejected(reason, around)
+            return Rejected(reason, ids if has_room else None)  # to sentence-transformers such a text is empty
         ends = [end for _, end in encoding.offsets]  # 0 for special tokens, also those after the text
         before = self._before + prompt
         if self._stripped(text) and max(ends, default=0) > len(before):

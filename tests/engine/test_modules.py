@@ -187,14 +187,18 @@ def test_the_last_token_needs_no_count(fresh_llama_folder):
     assert np.array_equal(word, whole)
 
 
-def test_a_text_that_the_count_leaves_nothing_of_is_named(fresh_llama_folder):
-    """The prompt has a space alone that a single token of a text would have joined."""
-    encoder = load(write_modules(fresh_llama_folder, include_prompt=False))
-    with pytest.raises(
-        ValueError, match=r"sentences\[0\] cannot be embedded: no token of \d is left after the prompt's"
-    ):
-        encoder.encode(["dog"], prompt_name="query")
-    assert not encoder.encode([""], prompt_name="query").any()
+def test_a_text_that_the_count_leaves_nothing_of_is_zero_as_there(fresh_llama_folder, library):
+    """The prompt has a space alone that a single token of a text would have joined; files report the text."""
+    folder = write_modules(fresh_llama_folder, include_prompt=False)
+    encoder, texts = load(folder), ["dog", "", "a dog"]
+    found = encoder.encode(texts, prompt_name="query")
+    assert found.any(axis=1).tolist() == [False, False, True]
+    peer = library.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    peer.tokenizer.pad_token = peer.tokenizer.eos_token
+    assert np.allclose(found, peer.encode(texts, prompt_name="query"), atol=1e-4)
+    _, reasons, _ = encoder.encode_rows(texts, prompt=encoder.prompts["query"])
+    assert [reason is None for reason in reasons] == [False, False, True]
+    assert "is left after the prompt's" in reasons[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
