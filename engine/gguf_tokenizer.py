@@ -8,10 +8,14 @@ token are merges, and those of one token have neighbouring ranks, as in files th
 import json
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import transformers
+import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
+
+if TYPE_CHECKING:
+    import transformers
 
 Keys = dict[str, Any]
 
@@ -30,7 +34,7 @@ _PRE_TOKENIZERS = {
 }
 
 
-def tokenizer_keys(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int) -> tuple[Keys, list[str]]:
+def tokenizer_keys(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_size: int) -> tuple[Keys, list[str]]:
     """GGUF's keys of a tokenizer, and which texts llama.cpp will give other tokens.
 
     Texts that spell a special token (`</s>`) are each program's own affair: llama-server takes it for the token.
@@ -40,7 +44,23 @@ def tokenizer_keys(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: 
     Raises:
         ValueError: saying what the tokenizer does that llama.cpp does not.
     """
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    keys, caveats = _token_keys(tokenizer.backend_tokenizer, vocab_size)
+    keys |= _special_tokens(tokenizer, vocab_size)
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}, caveats
+
+
+def caveats_of(path: Path, vocab_size: int) -> list[str]:
+    """Which texts llama.cpp will give other tokens than a `tokenizer.json`; raises ValueError as `tokenizer_keys`."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()):.300}") from error
+    return _token_keys(backend, vocab_size)[1]
+
+
+def _token_keys(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[Keys, list[str]]:
+    """All keys but those of what stands before and after a text."""
+    described = json.loads(backend.to_str())
     model, added = described["model"], [token for token in described["added_tokens"] if token["id"] < vocab_size]
     if model["type"] != "BPE":
         raise ValueError(f"its model must be BPE, got {model['type']}")
@@ -66,8 +86,7 @@ def tokenizer_keys(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: 
         keys["merges"] = [" ".join(pair) for pair in _merges(model)]
     keys["tokens"] = tokens
     keys["token_type"] = [kinds.get(token, _NORMAL) if i in texts else _UNUSED for i, token in enumerate(tokens)]
-    keys |= _special_tokens(tokenizer, vocab_size)
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}, caveats
+    return keys, caveats
 
 
 def _byte_level(described: Mapping[str, Any]) -> tuple[Keys, list[str]]:
@@ -155,7 +174,7 @@ def _steps(described: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [described] if parts is None else [step for part in parts for step in _steps(part)]
 
 
-def _special_tokens(tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int) -> Keys:
+def _special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", vocab_size: int) -> Keys:
     """Which tokens stand before and after every text."""
     bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     before = next((place for place in (0, 1) if whole[place : place + len(bare)] == bare), None)

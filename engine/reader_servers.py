@@ -3,6 +3,7 @@
 import json
 import shlex
 
+from .gguf_tokenizer import caveats_of
 from .reader_files import ModelFiles
 from .verdicts import Findings, Verdict, is_causal_missing, judge_loading, named_prompts, quoted
 
@@ -208,12 +209,26 @@ def judge_llama_cpp(files: ModelFiles) -> Verdict:
         flags.append("--embd-normalize -1")
     found.flags += flags
     found.notes.append(f"texts longer than {length} tokens are refused")
-    found.notes.append("the export refuses tokenizers that llama.cpp does not know")
+    _judge_gguf_tokenizer(files, found)
     if files.prompts and not files.prompts_left_out:
         found.notes.append(f"prompts ({named_prompts(files)}) are put before a text by hand")
     file = shlex.quote(f"{files.path}.gguf")
     export = f"bivec export --model {quoted(files)} --format gguf --output {file}"
     return found.verdict("llama.cpp", files, "\n".join([export, " ".join([f"llama-server --model {file}", *flags])]))
+
+
+def _judge_gguf_tokenizer(files: ModelFiles, found: Findings) -> None:
+    """Whether llama.cpp has the tokenizer."""
+    path = files.path / files.transformer / "tokenizer.json"
+    if not path.is_file():
+        found.notes.append("the export refuses tokenizers that llama.cpp does not know")
+        return
+    try:
+        caveats = caveats_of(path, files.shape.vocab_size)
+    except ValueError as error:
+        found.refuse(f"it has not this tokenizer: {error}")
+    else:
+        found.notes += [f"texts that {' or '.join(caveats)} have other tokens there"] if caveats else []
 
 
 def _judge_server_pooling(files: ModelFiles, found: Findings, modes: dict[str, str]) -> None:

@@ -8,7 +8,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
+from tokenizers import normalizers, pre_tokenizers
 from typer.testing import CliRunner
 
 from bivec import cli
@@ -96,6 +98,30 @@ def test_a_whole_folder_is_read_by_all(tmp_path):
         f"bivec export --model {tmp_path} --format gguf --output {gguf}",
         f"llama-server --model {gguf} --embeddings --pooling mean --batch-size 512 --ubatch-size 512",
     ]
+
+
+def byte_level(normalizer):
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({piece: place for place, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizer
+    return {"tokenizer.json": tokenizer.to_str(), "config.json": {"vocab_size": 258}}
+
+
+def test_the_tokenizer_is_judged_for_llama_cpp(tmp_path):
+    of_bytes = judge(tmp_path / "bytes", byte_level(None))["llama.cpp"]
+    assert of_bytes.verdict == "with flags"
+    assert not [note for note in of_bytes.notes if "token" in note and "512" not in note]
+    composed = judge(tmp_path / "composed", byte_level(normalizers.NFC()))["llama.cpp"]
+    assert composed.verdict == "with flags"
+    assert "texts that are not in Unicode's form NFC have other tokens there" in composed.notes
+    for changes, reason in (
+        (byte_level(normalizers.Lowercase()), "llama.cpp does not do its normalizer"),
+        (byte_level(None) | {"tokenizer.json": "{}"}, "tokenizer.json cannot be read"),
+    ):
+        refused = judge(tmp_path / reason[:9], changes)["llama.cpp"]
+        assert (refused.verdict, refused.command) == ("no", "")
+        assert reason in refused.reasons[0]
 
 
 RUN = {"stage": "export", "base_model": None, "earlier": [], "window": [-1, -1], "pooling": "mean"}
