@@ -162,54 +162,80 @@ def resolve(
     """
     hub = hub or HubOptions()
     others = HubOptions(token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only)
-    part = _Part.read_whole(_fetch(str(model), hub), others)
-    names, tokenizers = [str(model)], [part.folder, *reversed(part.adapters)]
-    chain, lines, run = part.adapters, part.lines, part.run
-    named_by = ""
-    while part.base is not None:
-        if part.base in names:
-            raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
-        names.append(part.base)
-        named_by = f", named by {part.folder}"
-        part = _Part.read_whole(part.beneath() or _fetch_base(part, others), others)
-        tokenizers += [part.folder, *reversed(part.adapters)]
-        chain, lines, run = part.adapters + chain, part.lines + lines, run or part.run
-    base, base_name = part.folder, names[-1]
+    stack = _Stack.beneath(str(model), hub, others)
     for adapter in [adapters] if isinstance(adapters, str | Path) else adapters:
-        part = _Part.read(_fetch(str(adapter), others), others, chain or (base,))
+        stack.put_on(str(adapter), others)
+    run = stack.run.on(stack.base) if isinstance(stack.run, PublishedModel) else stack.run
+    tokenizer = next((folder for folder in stack.tokenizers if _has_tokenizer(folder)), stack.base)
+    order = (f"{place}. {line}" for place, line in enumerate(stack.lines, 1))
+    vectors = _vectors(run or RunDescription(PUBLISHED, None))
+    found = (f"base: {stack.base_name}{stack.named_by}", *order, f"vectors: {vectors}")
+    return Checkpoint(str(model), stack.base, stack.base_name, tokenizer, stack.chain, run, found)
+
+
+@dataclass
+class _Stack:
+    """A base and what stands on it, from the bottom up.
+
+    Attributes:
+        names: of all models and adapters that were named so far.
+        tokenizers: folders that may hold the tokenizer, the first that does has it.
+        chain, lines: adapters, and what each is.
+    """
+
+    base: Path
+    base_name: str
+    named_by: str
+    names: list[str]
+    tokenizers: list[Path]
+    chain: tuple[Path, ...]
+    lines: tuple[str, ...]
+    run: RunDescription | None
+
+    @classmethod
+    def beneath(cls, model: str, hub: HubOptions, others: HubOptions) -> "_Stack":
+        """A model and all that it stands on; `others` are the options for what it names."""
+        part = _Part.read_whole(_fetch(model, hub), others)
+        names, tokenizers = [model], [part.folder, *reversed(part.adapters)]
+        chain, lines, run = part.adapters, part.lines, part.run
+        named_by = ""
+        while part.base is not None:
+            if part.base in names:
+                raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
+            names.append(part.base)
+            named_by = f", named by {part.folder}"
+            part = _Part.read_whole(part.beneath() or _fetch_base(part, others), others)
+            tokenizers += [part.folder, *reversed(part.adapters)]
+            chain, lines, run = part.adapters + chain, part.lines + lines, run or part.run
+        return cls(part.folder, names[-1], named_by, names, tokenizers, chain, lines, run)
+
+    def put_on(self, adapter: str, hub: HubOptions) -> None:
+        """Put an adapter on top, with all that it brings."""
+        part = top = _Part.read(_fetch(adapter, hub), hub, self.chain or (self.base,))
         if not part.adapters:
             raise FileNotFoundError(f"{part.folder / ADAPTER_FILES[0]} does not exist; an adapter is a PEFT folder")
-        names.append(str(adapter))
-        top, brought, added, described = part, part.adapters, part.lines, part.run
-        while (under := part.beneath()) is not None and (lower := _Part.read_whole(under, others)).adapters:
+        brought, lines, run = part.adapters, part.lines, part.run
+        while (under := part.beneath()) is not None and (lower := _Part.read_whole(under, hub)).adapters:
             if set(lower.adapters) & set(brought):
                 raise ValueError(f"{part.folder}: its base {part.base!r} leads back to itself")
-            part, brought, added = lower, lower.adapters + brought, lower.lines + added
-            described = described or lower.run
+            part, brought, lines, run = lower, lower.adapters + brought, lower.lines + lines, run or lower.run
         alone = len(brought) == 1 and top.is_open
-        _check_base(str(adapter), part, None if alone else base, names[:-1])
-        if not alone or described is not None:
-            tokenizers = [*reversed(brought), *tokenizers]
+        _check_base(adapter, part, None if alone else self.base, self.names)
+        self.names.append(adapter)
+        if not alone or run is not None:
+            self.tokenizers[:0] = reversed(brought)
         if alone:
-            if any(_same_files(earlier, top.folder, ADAPTER_FILES) for earlier in chain):
-                raise ValueError(f"the adapter {adapter} is there already: {_listed(chain)}")
-            chain, lines, run = chain + brought, lines + added, described or run
-            continue
-        begins = len(chain) < len(brought) and all(
-            _same_files(earlier, own, ADAPTER_FILES) for earlier, own in zip(chain, brought, strict=False)
-        )
-        if not begins:
+            if any(_same_files(earlier, top.folder, ADAPTER_FILES) for earlier in self.chain):
+                raise ValueError(f"the adapter {adapter} is there already: {_listed(self.chain)}")
+            brought, lines = self.chain + brought, self.lines + lines
+        elif len(self.chain) >= len(brought) or not all(
+            _same_files(earlier, own, ADAPTER_FILES) for earlier, own in zip(self.chain, brought, strict=False)
+        ):
             raise ValueError(
-                f"{adapter} stands on {_listed(brought[:-1])}, and cannot be put on {_listed(chain)}; "
+                f"{adapter} stands on {_listed(brought[:-1])}, and cannot be put on {_listed(self.chain)}; "
                 "give it as the model"
             )
-        chain, lines, run = brought, added, described or run
-    if isinstance(run, PublishedModel):
-        run = run.on(base)
-    tokenizer = next((folder for folder in tokenizers if _has_tokenizer(folder)), base)
-    order = (f"{place}. {line}" for place, line in enumerate(lines, 1))
-    found = (f"base: {base_name}{named_by}", *order, f"vectors: {_vectors(run or RunDescription(PUBLISHED, None))}")
-    return Checkpoint(str(model), base, base_name, tokenizer, chain, run, found)
+        self.chain, self.lines, self.run = brought, lines, run or self.run
 
 
 def _vectors(run: RunDescription) -> str:
