@@ -21,7 +21,7 @@ from torch import nn
 from ..kernels.pooling import POOLING_MODES
 from .adapter_config import ADAPTER_CONFIG, RESIDUAL_INITS
 from .adapters import WRAPPER, add_adapters, initial_factors
-from .checkpoints import ADAPTER_FILES, Checkpoint, own_max_length, resolve
+from .checkpoints import ADAPTER_FILES, Checkpoint, resolve, text_length
 from .config import ModelConfig, load_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .model import LlamaModel
@@ -29,7 +29,7 @@ from .modules import MAX_LENGTH_FILE, PROMPTS_FILE
 from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import read_prompts
-from .run_folder import RUN_FILE, RunDescription
+from .run_folder import RUN_FILE
 from .tokens import TextTokenizer, load_tokenizer
 from .weights import load_model, save_tensors
 
@@ -74,13 +74,11 @@ def export_adapter(
     if not checkpoint.adapters:
         raise ValueError(f"{model} has no adapter that could be exported alone; export it without --adapter-only")
     base = base_reference(checkpoint)
-    run = replace(checkpoint.run or RunDescription("export", None), stage="export", base_model=base, earlier=())
+    run = replace(checkpoint.description, stage="export", base_model=base, earlier=())
     run = replace(run, pooling=pooling or run.pooling, normalize=normalize or run.normalize)
 
     config = load_config(checkpoint.base)
-    if max_length is None:
-        max_length = own_max_length(checkpoint)
-    max_length = min(max_length, config.max_position_embeddings)
+    max_length = text_length(checkpoint, config, max_length)
     # what stands around a text is made of the tokens that are compared without it
     tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length)
 

@@ -15,13 +15,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .config import BIDIRECTIONAL, CAUSAL
+from .config import BIDIRECTIONAL, CAUSAL, ModelConfig
 from .json_files import read_object
 from .llm2vec import Llm2VecAdapter, last_part, local_folder, own_llm2vec_length, own_name, read_adapter, read_merged
 from .modules import MAX_LENGTH_FILE, MODULES_FILE, PUBLISHED, PublishedModel, read_published
 from .run_folder import EARLIER, RUN_FILE, RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+UNDESCRIBED = RunDescription(PUBLISHED, None)  # a bare checkpoint
 # configuration, tokenizer and safetensors: no pickle and no code is ever downloaded
 _DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
 _MAX_LENGTH = 512
@@ -52,6 +53,11 @@ class Checkpoint:
     adapters: tuple[Path, ...]
     run: RunDescription | None = None
     found: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> RunDescription:
+        """How its vectors are made, also where no file says it."""
+        return self.run or UNDESCRIBED
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def resolve(
     run = stack.run.on(stack.base) if isinstance(stack.run, PublishedModel) else stack.run
     tokenizer = next((folder for folder in stack.tokenizers if _has_tokenizer(folder)), stack.base)
     order = (f"{place}. {line}" for place, line in enumerate(stack.lines, 1))
-    vectors = _vectors(run or RunDescription(PUBLISHED, None))
+    vectors = _vectors(run or UNDESCRIBED)
     found = (f"base: {stack.base_name}{stack.named_by}", *order, f"vectors: {vectors}")
     return Checkpoint(str(model), stack.base, stack.base_name, tokenizer, stack.chain, run, found)
 
@@ -347,6 +353,11 @@ def adapter_base(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base_model_name_or_path must be a folder or a hub id, got {base!r:.80}")
     return base
+
+
+def text_length(checkpoint: Checkpoint, config: ModelConfig, asked: int | None = None) -> int:
+    """Tokens a text is cut to: what is asked for, else the model's own, and never more than it has positions."""
+    return min(own_max_length(checkpoint) if asked is None else asked, config.max_position_embeddings)
 
 
 def own_max_length(checkpoint: Checkpoint) -> int:

@@ -21,7 +21,6 @@ from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
 from .prompts import document_prompt, model_prompts, texts_and_prompts
-from .run_folder import RunDescription
 from .runner import Runner
 from .selftest import check_mask
 from .slabs import OnHost, Slabs
@@ -131,18 +130,9 @@ class Encoder:
         else:
             backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
             backend_reason = "asked for"
-        if max_length is None:
-            max_length = checkpoints.own_max_length(checkpoint)
-        max_length = min(max_length, config.max_position_embeddings)
-        run = checkpoint.run or RunDescription("published", None)
-        tokenizer = TextTokenizer(
-            load_tokenizer(checkpoint.tokenizer, config.vocab_size),
-            max_length,
-            pools_special_tokens=run.pools_special_tokens,
-            pools_prompt=run.pools_prompt,
-            template=run.template,
-            counts_prompt_alone=run.counts_prompt_alone,
-        )
+        max_length = checkpoints.text_length(checkpoint, config, max_length)
+        run = checkpoint.description
+        tokenizer = TextTokenizer.described(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length, run)
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
             llama = load_merged(checkpoint, config, chosen_dtype).to(chosen_device).eval()

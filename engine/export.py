@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from .adapters import load_merged
-from .checkpoints import Checkpoint, own_max_length, resolve
+from .checkpoints import Checkpoint, resolve, text_length
 from .config import BIDIRECTIONAL, load_config
 from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
@@ -57,7 +57,7 @@ def export(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     checkpoint = resolve(model, adapters)
     config = load_config(checkpoint.base)
-    run = replace(checkpoint.run or RunDescription("export", None), stage="export", base_model=None, earlier=())
+    run = replace(checkpoint.description, stage="export", base_model=None, earlier=())
     run = replace(run, pooling=pooling or run.pooling, normalize=normalize or run.normalize)
     if run.pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {run.pooling!r}")
@@ -69,16 +69,8 @@ def export(
             "it as it is, or export its adapters with --adapter-only"
         )
     prompts, default_prompt = _exported_prompts(checkpoint, run)
-    if max_length is None:
-        max_length = own_max_length(checkpoint)
-    max_length = min(max_length, config.max_position_embeddings)
-    tokenizer = TextTokenizer(
-        load_tokenizer(checkpoint.tokenizer, config.vocab_size),
-        max_length,
-        pools_special_tokens=run.pools_special_tokens,
-        pools_prompt=run.pools_prompt,
-        counts_prompt_alone=run.counts_prompt_alone,
-    )
+    max_length = text_length(checkpoint, config, max_length)
+    tokenizer = TextTokenizer.described(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length, run)
 
     inputs = [checkpoint.base, checkpoint.tokenizer, *checkpoint.adapters]
     with open_folder(Path(output), inputs, _FILES) as folder:

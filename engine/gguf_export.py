@@ -20,7 +20,6 @@ from .gguf_tokenizer import tokenizer_keys
 from .model import LlamaModel
 from .outputs import open_file
 from .prompts import model_prompts
-from .run_folder import RunDescription
 from .tokens import TextTokenizer, load_tokenizer
 
 # names in llama.cpp: of architectures (Mistral is Llama there), of pooling modes, of files of each dtype
@@ -70,7 +69,7 @@ def export_gguf(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     checkpoint = resolve(model, adapters)
     config = load_config(checkpoint.base)
-    run = checkpoint.run or RunDescription(stage="published", base_model=None)
+    run = checkpoint.description
     pooling = pooling or run.pooling
     if pooling not in _POOLING:
         raise ValueError(f"pooling must be one of {', '.join(_POOLING)} in a GGUF file, got {pooling!r}")

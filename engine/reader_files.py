@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import ADAPTER_FILES, HubOptions, own_max_length, resolve
+from .checkpoints import ADAPTER_FILES, HubOptions, resolve, text_length
 from .config import BIDIRECTIONAL, ModelConfig, load_config
 from .json_files import read_list, read_object
 from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES, MODULES_FILE
@@ -72,11 +72,11 @@ class ModelFiles:
         return cls(
             path=folder.absolute(),
             transformer=inner.relative_to(folder).as_posix().removeprefix("."),
-            run=checkpoint.run or RunDescription("published", None),
+            run=checkpoint.description,
             shape=shape,
             prompts={name: text for name, text in prompts.items() if text},
             default_prompt=default if default and prompts.get(default) else None,
-            max_length=min(own_max_length(checkpoint), shape.max_position_embeddings),
+            max_length=text_length(checkpoint, shape),
             config=config,
             tokenizer=(_read(inner / "special_tokens_map.json") or {}) | (_read(inner / "tokenizer_config.json") or {}),
             modules=None if modules is None else tuple(kind for kind, _ in modules),

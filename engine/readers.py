@@ -7,7 +7,7 @@ text-embeddings-inference 1.9.3 (0d124dc) and llama.cpp (0c1e570), applied to th
 import shlex
 from pathlib import Path
 
-from .checkpoints import HubOptions, resolve
+from .checkpoints import UNDESCRIBED, HubOptions, resolve
 from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
 from .reader_files import ModelFiles
@@ -58,9 +58,9 @@ def _adapter_of(path: Path) -> str | None:
 def _adapter_verdicts(path: Path, base: str) -> list[Verdict]:
     """That nobody reads an adapter as a model, and what helps: an export, where one can be made."""
     try:
-        run = resolve(path, hub=HubOptions(local_files_only=True)).run or RunDescription("published", None)
+        run = resolve(path, hub=HubOptions(local_files_only=True)).description
     except FileNotFoundError:  # its base is not here, nor what it says of the mask
-        run = RunDescription("published", None)
+        run = UNDESCRIBED
     reason = f"it is an adapter on {base}"
     obstacle = _only_bivec(run) or ("it is causal, which is not exported" if run.window != BIDIRECTIONAL else None)
     if obstacle:

@@ -24,6 +24,7 @@ import transformers
 
 from .config import LLAMA_BIDIREC
 from .json_files import read_object
+from .run_folder import RunDescription
 
 # what the tokenizers of Llama, Mistral and Qwen are made of, those of before tokenizer.json too
 TOKENIZER_FILES = (
@@ -103,6 +104,20 @@ class TextTokenizer:
         self._backend.encode_special_tokens = True
         self._cuts_before_spaces = _cuts_before_spaces(self._backend)
         self._most_characters = max(_CHARACTERS_AT_ONCE, 2 * _PREFIX_CHARACTERS * max_length)
+
+    @classmethod
+    def described(
+        cls, hugging_face: transformers.PreTrainedTokenizerBase, max_length: int, run: RunDescription
+    ) -> "TextTokenizer":
+        """One that pools what a model's description says."""
+        return cls(
+            hugging_face,
+            max_length,
+            pools_special_tokens=run.pools_special_tokens,
+            pools_prompt=run.pools_prompt,
+            template=run.template,
+            counts_prompt_alone=run.counts_prompt_alone,
+        )
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         """Tokenise `prompt + text` for each pair; a text that leaves nothing to pool is `Rejected`, never guessed."""
