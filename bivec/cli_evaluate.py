@@ -32,6 +32,7 @@ MaskWindow = Annotated[
 Data = Annotated[str, typer.Option(help="Folder of the task's files; of texts also one file.")]
 ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, read by bivec evaluate compare.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an evaluation that was interrupted.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
 
 
@@ -50,6 +51,7 @@ def evaluate_labelled(
     window: MaskWindow = None,
     output: ReportFile = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     seeds: Seeds = 3,
     split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
     baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
@@ -74,6 +76,7 @@ def evaluate_labelled(
         window=window,
         output=output,
         overwrite=overwrite,
+        resume=resume,
         seeds=seeds,
         split=split,
         baseline=baseline,
@@ -94,6 +97,7 @@ def evaluate_unlabelled(
     window: MaskWindow = None,
     output: ReportFile = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     seeds: Seeds = 3,
     num_texts: Annotated[int, typer.Option(min=2, help="Texts that are drawn, the same for every model.")] = 500,
 ) -> None:
@@ -116,6 +120,7 @@ def evaluate_unlabelled(
         window=window,
         output=output,
         overwrite=overwrite,
+        resume=resume,
         seeds=seeds,
         num_texts=num_texts,
     )

@@ -127,6 +127,22 @@ class TextTokenizer:
             found += self._tokenize(texts[part], prompts[part])
         return found
 
+    def with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Each text's tokens without prompt and template, and the characters `(begin, end)` that each stands for.
+
+        Special tokens stand for none, `(0, 0)`.
+
+        Raises:
+            ValueError: a text cannot be tokenised, with its place and the reason.
+        """
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = texts[start : start + _TEXTS_AT_ONCE]
+            for place, text in enumerate(part, start=start):
+                if rejected := _reject(text, ""):
+                    raise ValueError(f"texts[{place}] cannot be tokenised: {rejected.reason}")
+            for encoding in self._backend.encode_batch(list(part)):
+                yield encoding.ids, encoding.offsets
+
     def _tokenize(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         results: list[Tokenized | Rejected | None] = [_reject(text, p) for text, p in zip(texts, prompts, strict=True)]
         good = [i for i, result in enumerate(results) if result is None]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .extras import needed
-from .report import Report, Score, aligned, interval, number
-from .statistics import Difference, Statistic, paired_difference, pearson, perplexity, ratio, spearman
+from .report import Report, Score, aligned, interval, number, statistic_of
+from .statistics import Difference, paired_difference
 
 
 class Row(NamedTuple):
@@ -50,8 +50,7 @@ def table(rows: list[Row], names: tuple[str, str]) -> Iterator[str]:
         if row.difference is not None:
             value, low, high, p_value = row.difference
             change = [f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p_value:.4f}"]
-        layer = "" if row.known.layer is None else f", layer {row.known.layer}"
-        cells.append((f"{_subject(row)} {row.known.metric}{layer}", *values, *change))
+        cells.append((f"{_subject(row)} {row.known.what}", *values, *change))
     yield from aligned(cells)
 
 
@@ -122,23 +121,10 @@ def _cells(score: Score | None) -> tuple[str, str]:
 
 
 def _difference(first: Score, second: Score) -> Difference | None:
-    """Paired where both have the same number of items; the scores of a baseline are the same twice."""
-    before, after = _statistic(first), _statistic(second)
-    counts = {len(values) for score in (first, second) for values in score.items.values()}
-    if before is None or after is None or len(counts) != 1 or first.items == second.items:
+    """Paired where both have the same items; the scores of a baseline are the same twice."""
+    if first.items == second.items or first.items.get("cluster") != second.items.get("cluster"):
         return None
-    return paired_difference(before, after, counts.pop())
-
-
-def _statistic(score: Score) -> Statistic | None:
-    """The score as a function of weights of its items; None where it has none."""
-    match score.items:
-        case {"gold": gold, "similarity": similarity}:
-            return (spearman if score.metric == "spearman" else pearson)(gold, similarity)
-        case {"loss": loss, "tokens": tokens}:
-            return perplexity(loss, tokens)
-        case {"bits": bits, "characters": characters}:
-            return ratio(bits, characters)
-        case {"correct": share} | {"share": share}:
-            return ratio(share)
-    return None
+    before, after = (statistic_of(score.metric, score.items) for score in (first, second))
+    if before is None or after is None or before.num_items != after.num_items:
+        return None
+    return paired_difference(before.statistic, after.statistic, before.num_items)

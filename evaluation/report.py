@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .statistics import Statistic, clustered, correlation, estimate, mean_of, perplexity, ratio
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,11 @@ class Score:
         metric: `spearman`, `accuracy`, `perplexity`, …
         low, high: bounds of the interval; None without one.
         layer: for figures of a layer; 0 is the embeddings.
-        items: what a paired comparison needs of each item, by name, all of one length.
+        n: how many items the figure is of.
+        read_out: for figures of words: `token`, `previous` or `both`.
+        probe: what was trained on frozen states: `linear` or `mlp`.
+        items: what a paired comparison needs of each item, by name, all of one length; `cluster` numbers the items that
+            are resampled together.
         details: what else belongs to it.
     """
 
@@ -33,12 +39,39 @@ class Score:
     low: float | None = None
     high: float | None = None
     layer: int | None = None
+    n: int | None = None
+    read_out: str | None = None
+    probe: str | None = None
     items: dict[str, list[float]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_items(
+        cls,
+        dataset: str,
+        split: str,
+        system: str,
+        metric: str,
+        items: dict[str, Sequence[float] | np.ndarray],
+        **rest: Any,
+    ) -> "Score":
+        """The figure that the items give, as `statistic_of` says, with its interval; `n` is their number."""
+        columns = {name: np.asarray(column).tolist() for name, column in items.items()}
+        found = statistic_of(metric, columns)
+        if found is None:
+            raise ValueError(f"items must be those of a figure, got {', '.join(columns)}")
+        rest = {"n": len(next(iter(columns.values())))} | rest
+        return cls(dataset, split, system, metric, *estimate(*found), items=columns, **rest)
+
     @property
     def key(self) -> tuple:
-        return self.dataset, self.split, self.system, self.metric, self.layer
+        return self.dataset, self.split, self.system, self.metric, self.layer, self.read_out, self.probe
+
+    @property
+    def what(self) -> str:
+        """The metric, and of which probe, read-out and layer it is."""
+        parts = [self.metric, self.probe, self.read_out, None if self.layer is None else f"layer {self.layer}"]
+        return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,7 @@ class Report:
     """All figures of one evaluation.
 
     Attributes:
-        task: `sts`, `classification`, `generation` or `anisotropy`.
+        task: as `bivec evaluate` calls it: `sts`, `classification`, `words`, …
         model: what was evaluated, from `Encoder.describe`.
         settings: what the figures depend on beside the model and the data.
         data: SHA-256 of each data set as it was used.
@@ -62,7 +95,7 @@ class Report:
 
     def to_json(self) -> bytes:
         """The file's content; undefined figures are null."""
-        text = json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
         return f"{text}\n".encode()
 
     @classmethod
@@ -71,7 +104,7 @@ class Report:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             _check_kinds(values, _REPORT_KINDS)
-            return cls(**values | {"scores": [_score(score) for score in values["scores"]]})
+            return cls(**values | {"scores": [read_score(score) for score in values["scores"]]})
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} must be what `bivec evaluate --output` wrote: {reason}") from error
@@ -79,10 +112,17 @@ class Report:
 
 _REPORT_KINDS = {"task": str, "model": dict, "settings": dict, "data": dict, "scores": list}
 _SCORE_KINDS = {"dataset": str, "split": str, "system": str, "metric": str, "value": (int, float, NoneType)}
-_SCORE_KINDS_OR_ABSENT = {"low": (int, float, NoneType), "high": (int, float, NoneType), "layer": (int, NoneType)}
+_SCORE_KINDS_OR_ABSENT = {
+    "low": (int, float, NoneType),
+    "high": (int, float, NoneType),
+    "layer": (int, NoneType),
+    "n": (int, NoneType),
+    "read_out": (str, NoneType),
+    "probe": (str, NoneType),
+}
 
 
-def _score(values: dict[str, Any]) -> Score:
+def read_score(values: dict[str, Any]) -> Score:
     """A score as it stands in a file; raises ValueError or TypeError where it is none."""
     _check_kinds(values, _SCORE_KINDS | {name: kind for name, kind in _SCORE_KINDS_OR_ABSENT.items() if name in values})
     items = {name: [_number(item) for item in column] for name, column in values.get("items", {}).items()}
@@ -95,6 +135,34 @@ def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if not isinstance(values[name], kind):
             raise TypeError(f"{name!r} must not be {type(values[name]).__name__}")
+
+
+class ItemStatistic(NamedTuple):
+    """A figure as a function of weights `(B, n)` of its items, or of clusters of them, and how many these are."""
+
+    statistic: Statistic
+    num_items: int
+
+
+def statistic_of(metric: str, items: dict[str, list[float]]) -> ItemStatistic | None:
+    """How a figure comes from its items, with `cluster` from clusters of them; None where it has no such items."""
+    match items:
+        case {"gold": gold, "similarity": similarity}:
+            found = correlation(metric, gold, similarity)
+        case {"gold": gold, "predicted 0": _}:  # by each seed's probe
+            seeds = [column for name, column in items.items() if name.startswith("predicted ")]
+            found = mean_of([correlation(metric, gold, predicted) for predicted in seeds])
+        case {"loss": loss, "tokens": tokens}:
+            found = perplexity(loss, tokens)
+        case {"bits": over, "characters": under} | {"over": over, "under": under}:
+            found = ratio(over, under)
+        case {"correct": share} | {"share": share}:
+            found = ratio(share)
+        case _:
+            return None
+    if "cluster" in items:
+        return ItemStatistic(*clustered(found, items["cluster"]))
+    return ItemStatistic(found, len(next(iter(items.values()))))
 
 
 def is_report(path: Path) -> bool:
@@ -114,10 +182,11 @@ def fingerprint(*columns: Iterable) -> str:
 
 def table(report: Report) -> Iterator[str]:
     """Lines: a row a figure, a column of layers where any has one."""
-    rows = [("data", "split", "system", "metric", "value", "95 % interval")]
+    rows = [("data", "split", "n", "system", "metric", "value", "95 % interval")]
     for score in report.scores:
-        metric = score.metric if score.layer is None else f"{score.metric}, layer {score.layer}"
-        rows.append((score.dataset, score.split, score.system, metric, number(score.value), interval(score)))
+        count = "" if score.n is None else f"{score.n:,}"
+        value = number(score.value)
+        rows.append((score.dataset, score.split, count, score.system, score.what, value, interval(score)))
     yield from aligned(rows)
     for check, passed in report.checks.items():
         yield f"{check}: {'yes' if passed else 'NO'}"
@@ -141,12 +210,12 @@ def interval(score: Score) -> str:
     return f"{number(score.low)} to {number(score.high)}"
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+def finite(value: Any) -> Any:
+    """The value with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

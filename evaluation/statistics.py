@@ -63,6 +63,16 @@ def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.n
     return statistic
 
 
+def correlation(metric: str, first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Statistic:
+    """The correlation that `metric`, `spearman` or `pearson`, names."""
+    return {"spearman": spearman, "pearson": pearson}[metric](first, second)
+
+
+def mean_of(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean of several figures of the same items, as of several seeds."""
+    return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
+
+
 def ratio(
     numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray | None = None
 ) -> Statistic:
@@ -81,6 +91,18 @@ def perplexity(losses: Sequence[float] | np.ndarray, tokens: Sequence[float] | n
     """Exponential of the mean loss a token, from each item's summed loss in nats and its tokens, both `(n,)`."""
     mean_loss = ratio(losses, tokens)
     return lambda weights: np.exp(mean_loss(weights))
+
+
+def clustered(statistic: Statistic, clusters: Sequence[float] | np.ndarray) -> tuple[Statistic, int]:
+    """The statistic over clusters instead of items, for items that are not independent (of one word type, one text).
+
+    Args:
+        clusters: `(n,)`, which cluster each item belongs to, by any whole number.
+    Returns:
+        a function of weights `(B, K)` of the K clusters, whose items are all in a resample or none; and K.
+    """
+    names, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    return (lambda weights: statistic(weights[:, owner])), len(names)
 
 
 def estimate(statistic: Statistic, num_items: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:

@@ -1,7 +1,7 @@
 """One evaluation from start to end: the task's files are read and checked, the model is loaded, scored and reported."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,14 @@ from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
 from . import anisotropy, classification, generation, sts
 from .baselines import BASELINES, tfidf
-from .report import Report, Score, fingerprint, is_report
+from .report import Report, fingerprint, is_report
 from .splits import Split
+from .states import READ_OUTS, Layers, ReadOut, SubTokens
 from .texts import read_texts
+from .units import Scored, Unfinished, Unit
 
 Task = Literal["sts", "classification", "generation", "anisotropy"]
 WINDOWS = {"bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
-
-Scored = tuple[list[Score], dict[str, str], dict[str, bool]]  # figures, fingerprints of the data, checks
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class EvaluateSettings:
         seeds: how many, from 0 on, where something is shuffled or drawn.
         baseline: whether TF-IDF is scored beside the model; text similarity and classification.
         num_texts: how many texts generation and anisotropy draw.
+        resume: go on with an evaluation into `output` that was interrupted.
+        layers: of tasks on words: `last` with the embeddings beside it, or `all`.
+        read_out: of these: `token`, `previous`, `both`, or `all` three.
+        sub_tokens: of these: which of a word's tokens its vector is made of.
+        protocol: of tasks with probes: `bivec`'s, or the published one, `llm2vec` or `feng2025`.
+        on_error: whether a bad row of the data ends the evaluation or is left out, and counted.
     """
 
     task: Task
@@ -55,6 +61,21 @@ class EvaluateSettings:
     seeds: int = 3
     baseline: bool = False
     num_texts: int = 500
+    resume: bool = False
+    layers: Layers = "last"
+    read_out: Literal["token", "previous", "both", "all"] = "all"
+    sub_tokens: SubTokens = "mean"
+    protocol: Literal["bivec", "llm2vec", "feng2025"] = "bivec"
+    on_error: Literal["fail", "skip"] = "fail"
+
+    @property
+    def read_outs(self) -> tuple[ReadOut, ...]:
+        return READ_OUTS if self.read_out == "all" else (self.read_out,)
+
+    def shaping_the_figures(self) -> dict[str, Any]:
+        """What figures depend on beside model and data."""
+        left_out = {"task", "data", "model", "adapters", "device", "attention", "output", "overwrite", "resume"}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lambda report: None) -> Report:
@@ -71,25 +92,39 @@ def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lamb
         report = _evaluate(settings)
         show(report)
         return report
+    output = Path(settings.output)
     inputs = [Path(settings.data)]
-    with open_output(Path(settings.output), inputs, overwrite=settings.overwrite, is_own=is_report) as publish:
-        report = _evaluate(settings)
+    with open_output(output, inputs, overwrite=settings.overwrite, is_own=is_report) as publish:
+        unfinished = Unfinished(output, resume=settings.resume, overwrite=settings.overwrite)
+        report = _evaluate(settings, unfinished)
         show(report)
         publish(report.to_json())
+        unfinished.remove()
     return report
 
 
-def _evaluate(settings: EvaluateSettings) -> Report:
-    encoder, (scores, data, checks) = _TASKS[settings.task](settings)
+def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) -> Report:
+    units = _TASKS[settings.task](settings)
+    encoder = load_encoder(settings)
     description = encoder.describe()
-    return Report(
+    report = Report(
         task=settings.task,
         model=description["model"] | description["encoding"] | {"dtype": str(encoder.dtype).removeprefix("torch.")},
-        settings={"split": settings.split, "seeds": settings.seeds, "bivec": __version__},
-        data=data,
-        scores=scores,
-        checks=checks,
+        settings=settings.shaping_the_figures() | {"bivec": __version__},
+        data={unit.name: unit.fingerprint for unit in units},
+        scores=[],
     )
+    if unfinished is not None:
+        unfinished.begin(report, encoder.identity())
+    for unit in units:
+        found = None if unfinished is None else unfinished.finished(unit.name)
+        if found is None:
+            found = unit.score(encoder)
+            if unfinished is not None:
+                unfinished.keep(unit.name, found)
+        report.scores.extend(found.scores)
+        report.checks.update(found.checks)
+    return report
 
 
 def load_encoder(settings: EvaluateSettings) -> Encoder:
@@ -105,58 +140,62 @@ def load_encoder(settings: EvaluateSettings) -> Encoder:
     )
 
 
-def _sts(settings: EvaluateSettings) -> tuple[Encoder, Scored]:
+def _sts(settings: EvaluateSettings) -> list[Unit]:
     tasks = sts.read_tasks(Path(settings.data), settings.split)
     if settings.baseline:
         for task in tasks:
             if task.train is None:
                 raise FileNotFoundError(f"the baseline of {task.name} needs its training split in {settings.data}")
-    encoder = load_encoder(settings)
-    scores, data = [], {}
-    for task in tasks:
+
+    def score(task: sts.SimilarityTask, encoder: Encoder) -> Scored:
         first, second = task.pairs.first, task.pairs.second
         vectors = encoder.encode([*first, *second])
-        scores += sts.score(task, "model", sts.cosines(vectors[: len(first)], vectors[len(first) :]))
-        data[task.name] = fingerprint(first, second, task.pairs.scores)
+        scores = sts.score(task, "model", sts.cosines(vectors[: len(first)], vectors[len(first) :]))
         if settings.baseline and task.train is not None:
             for name in BASELINES:
                 vectorizer = tfidf(name, [*task.train.first, *task.train.second])
                 similarities = sts.cosines(vectorizer.transform(first), vectorizer.transform(second))
                 scores += sts.score(task, name, similarities)
-    return encoder, (scores, data, {})
+        return Scored(scores)
+
+    return [Unit(task.name, fingerprint(*task.pairs), partial(score, task)) for task in tasks]
 
 
-def _classification(settings: EvaluateSettings) -> tuple[Encoder, Scored]:
-    tasks = classification.read_tasks(Path(settings.data), settings.split)
-    encoder = load_encoder(settings)
-    scores, data = [], {}
-    for task in tasks:
+def _classification(settings: EvaluateSettings) -> list[Unit]:
+    def score(task: classification.ClassificationTask, encoder: Encoder) -> Scored:
         vectors = encoder.encode(task.texts).astype(np.float64)
         systems: dict[str, classification.Features] = {"model": partial(fixed_features, vectors)}
         if settings.baseline:
             systems |= {name: partial(_tfidf_features, name, task.texts) for name in BASELINES}
+        scores = []
         for name, features in systems.items():
             outcome = classification.classify(task, settings.split, features, range(settings.seeds))
             scores.append(classification.score(task, settings.split, name, outcome))
-        data[task.name] = fingerprint(task.texts, task.labels)
-    return encoder, (scores, data, {})
+        return Scored(scores)
+
+    tasks = classification.read_tasks(Path(settings.data), settings.split)
+    return [Unit(task.name, fingerprint(task.texts, task.labels), partial(score, task)) for task in tasks]
 
 
-def _generation(settings: EvaluateSettings) -> tuple[Encoder, Scored]:
+def _generation(settings: EvaluateSettings) -> list[Unit]:
     held_out = read_texts(Path(settings.data), settings.num_texts)
-    encoder = load_encoder(settings)
-    scores, checks = generation.evaluate(encoder, held_out, range(settings.seeds))
-    return encoder, (scores, {held_out.name: fingerprint(held_out.texts)}, checks)
+
+    def score(encoder: Encoder) -> Scored:
+        return Scored(*generation.evaluate(encoder, held_out, range(settings.seeds)))
+
+    return [Unit(held_out.name, fingerprint(held_out.texts), score)]
 
 
-def _anisotropy(settings: EvaluateSettings) -> tuple[Encoder, Scored]:
+def _anisotropy(settings: EvaluateSettings) -> list[Unit]:
     held_out = read_texts(Path(settings.data), settings.num_texts)
-    encoder = load_encoder(settings)
-    scores = anisotropy.evaluate(encoder, held_out, range(settings.seeds))
-    return encoder, (scores, {held_out.name: fingerprint(held_out.texts)}, {})
+
+    def score(encoder: Encoder) -> Scored:
+        return Scored(anisotropy.evaluate(encoder, held_out, range(settings.seeds)))
+
+    return [Unit(held_out.name, fingerprint(held_out.texts), score)]
 
 
-_TASKS: dict[Task, Callable[[EvaluateSettings], tuple[Encoder, Scored]]] = {
+_TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "sts": _sts,
     "classification": _classification,
     "generation": _generation,

@@ -12,7 +12,7 @@ import pytest
 from bivec.engine.outputs import open_output
 from bivec.evaluation import comparison, extras
 from bivec.evaluation.comparison import compare, draw, is_picture
-from bivec.evaluation.report import Report, Score, fingerprint, is_report, table
+from bivec.evaluation.report import Report, Score, fingerprint, is_report, statistic_of, table
 from bivec.evaluation.statistics import paired_difference, spearman
 
 
@@ -121,11 +121,13 @@ def test_fingerprints_tell_columns_apart():
 
 
 def test_the_table_is_aligned():
-    lines = list(table(make_report(similarity_score(1), Score("set", "all", "base", "perplexity", 23.456))))
+    lines = list(
+        table(make_report(replace(similarity_score(1), n=40), Score("set", "all", "base", "perplexity", 23.456)))
+    )
     assert lines == [
-        "data  split  system  metric      value   95 % interval",
-        "set   test   model   spearman    0.5000  0.4000 to 0.6000",
-        "set   all    base    perplexity  23.46",
+        "data  split  n   system  metric      value   95 % interval",
+        "set   test   40  model   spearman    0.5000  0.4000 to 0.6000",
+        "set   all        base    perplexity  23.46",
         "the base is untouched: yes",
     ]
 
@@ -163,7 +165,8 @@ def test_differences_are_on_the_same_items():
     ],
 )
 def test_each_metric_is_rebuilt_from_its_items(metric, items, value):
-    statistic = comparison._statistic(Score("set", "all", "model", metric, value, items=items))
+    statistic, num_items = statistic_of(metric, items)
+    assert num_items == len(next(iter(items.values())))
     assert statistic is not None
     assert statistic(np.ones((1, 4)))[0] == pytest.approx(value)
 

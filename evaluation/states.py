@@ -1,0 +1,179 @@
+"""Hidden states of words within texts: one packed pass a text, which keeps the layers that a task reads.
+
+A word is a run of characters; its tokens are those that hold one of its characters and more than white space. Its
+vector is their states' mean, or the first's or the last's. It is read out
+
+- at the `token` itself,
+- at the `previous` position, where masked next-token prediction puts what it knows of a token (BehnamGhader et al.,
+  arXiv 2404.05961, section 4.1: of the tokens BOS t11 t12 t21 the word t11 t12 is the mean of BOS and t11), or
+- at `both`, concatenated.
+
+A word without a token (cut off by `max_length`, or dropped by the tokenizer) has zeros, and `is_read` says so; so has
+the previous position of a text's first token where the tokenizer adds no BOS. Texts have no prompt and no template.
+Layer 0 is the embeddings, which know a word and nothing of its context; the last layer's states are after the final
+norm.
+
+Shapes: N words of all texts, L chosen layers, E hidden size.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..engine.encoder import Encoder
+from ..engine.packing import PackedBatch
+from ..engine.tokens import TextTokenizer, Tokenized
+
+ReadOut = Literal["token", "previous", "both"]
+SubTokens = Literal["mean", "first", "last"]
+Layers = Literal["last", "all"]
+READ_OUTS: tuple[ReadOut, ...] = ("token", "previous", "both")
+
+Span = tuple[int, int]  # of characters, or of tokens: the first, and one behind the last
+
+
+class Words(NamedTuple):
+    """Words within texts.
+
+    Attributes:
+        texts: each of them once.
+        spans: a text's words, as characters `(begin, end)`; the words of all texts in this order are the N words.
+    """
+
+    texts: list[str]
+    spans: list[list[Span]]
+
+    @classmethod
+    def of_sentences(cls, sentences: Sequence[Sequence[str]]) -> "Words":
+        """All words of sentences that are divided already; a space joins them."""
+        texts, spans = [], []
+        for words in sentences:
+            ends = np.cumsum([len(word) + 1 for word in words])
+            texts.append(" ".join(words))
+            spans.append([(int(end) - 1 - len(word), int(end) - 1) for word, end in zip(words, ends, strict=True)])
+        return cls(texts, spans)
+
+
+class WordStates:
+    """Vectors of N words in some layers.
+
+    Attributes:
+        layers: those that were kept.
+        is_read: bool `(N,)`, false for words that have no token.
+    """
+
+    def __init__(self, layers: tuple[int, ...], is_read: np.ndarray, states: torch.Tensor):
+        self.layers, self.is_read = layers, is_read
+        self._states = states  # (L, N, 2, E): at the token, at the position before
+
+    def __len__(self) -> int:
+        return self._states.shape[1]
+
+    def vectors(self, layer: int, read_out: ReadOut) -> torch.Tensor:
+        """`(N, E)`, `(N, 2 E)` for `both`, on the CPU in the encoder's dtype; a view that may lie in a file."""
+        states = self._states[self.layers.index(layer)]
+        return states.flatten(1) if read_out == "both" else states[:, READ_OUTS.index(read_out)]
+
+
+def chosen_layers(encoder: Encoder, layers: Layers) -> tuple[int, ...]:
+    """The embeddings, as a control without context, and the last layer; or all."""
+    last = encoder.config.num_hidden_layers
+    return (0, last) if layers == "last" else tuple(range(last + 1))
+
+
+def word_states(
+    encoder: Encoder, words: Words, layers: Sequence[int], sub_tokens: SubTokens = "mean", *, progress: str = ""
+) -> WordStates:
+    """Run all texts once and keep the words' states.
+
+    Args:
+        progress: what a progress bar on a terminal is called.
+    Raises:
+        ValueError: a text cannot be tokenised, with its place and the reason.
+    """
+    tokenized, token_spans = _locate(encoder, words, sub_tokens)
+    counts = [len(spans) for spans in words.spans]
+    bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    size = encoder.config.hidden_size
+    states = room((len(layers), int(bounds[-1]), 2, size), encoder.dtype)
+    is_read = np.array([span is not None for spans in token_spans for span in spans], dtype=bool)
+    rows = [row for row, text in enumerate(tokenized) if text.ids and any(token_spans[row])]
+
+    @torch.no_grad()  # of the thread that runs it
+    def run(slab: list[int], batch: PackedBatch) -> int:
+        its_spans = [token_spans[rows[index]] for index in slab]
+        word_rows, *gathering = _gathering(its_spans, [int(bounds[rows[index]]) for index in slab], batch.seqlens)
+        places, shares, owners = (tensor.to(encoder.device) for tensor in gathering)
+        found = encoder.model.all_hidden_states(batch, encoder.windows, backend=encoder.backend)
+        for layer, hidden_states in enumerate(found):
+            if layer in layers:
+                read = torch.zeros(2 * len(word_rows), size, device=encoder.device)
+                read.index_add_(0, owners, hidden_states[places].float() * shares[:, None])
+                states[layers.index(layer), word_rows] = read.view(-1, 2, size).to(encoder.dtype).cpu()
+        return len(slab)
+
+    with tqdm(total=len(rows), unit="text", desc=progress, disable=None, leave=False) as bar:
+        for num_texts in encoder.slabs.map(run, [tokenized[row] for row in rows]):
+            bar.update(num_texts)
+    return WordStates(tuple(layers), is_read, states)
+
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory, or in an unnamed file of the temporary folder where half of the free memory is too little."""
+    elements = int(np.prod(shape))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * elements * dtype.itemsize <= free:
+        return torch.zeros(*shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile() as file:  # whose memory stays mapped when its name is gone
+        return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(*shape)
+
+
+def _locate(encoder: Encoder, words: Words, sub_tokens: SubTokens) -> tuple[list[Tokenized], list[list[Span | None]]]:
+    """The texts' tokens, and each word's tokens among them."""
+    tokenizer = TextTokenizer(encoder.tokenizer, encoder.max_length)
+    tokenized: list[Tokenized] = []
+    spans: list[list[Span | None]] = []
+    found = tokenizer.with_offsets(words.texts)
+    for (ids, offsets), text, its_words in zip(found, words.texts, words.spans, strict=True):
+        tokenized.append(Tokenized(ids, 0))
+        # a token that is white space alone is no word's, though it may lie within one
+        tokens = [(place, *span) for place, span in enumerate(offsets) if text[slice(*span)].strip()]
+        places, begins, ends = np.array(tokens, dtype=np.int64).reshape(-1, 3).T
+        spans.append([])
+        for begin, end in its_words:
+            holds = places[(begins < end) & (ends > begin)]
+            if sub_tokens != "mean":
+                holds = holds[:1] if sub_tokens == "first" else holds[-1:]
+            spans[-1].append((int(holds[0]), int(holds[-1]) + 1) if len(holds) else None)
+    return tokenized, spans
+
+
+def _gathering(
+    token_spans: Sequence[Sequence[Span | None]], first_rows: Sequence[int], seqlens: Sequence[int]
+) -> tuple[torch.Tensor, ...]:
+    """How a slab's states become words': the rows of the words that are read, and of each state that is added its place
+    in the slab, its share, and where it is added: at twice the word's place among these rows, one more for the
+    previous position. All int64 but the shares, float32.
+    """
+    starts = np.concatenate([[0], np.cumsum(seqlens)])
+    found = [
+        (first_row + word, start + span[0], start + span[1], start)
+        for spans, first_row, start in zip(token_spans, first_rows, starts[:-1], strict=True)
+        for word, span in enumerate(spans)
+        if span is not None
+    ]
+    rows, firsts, ends, starts = np.array(found, dtype=np.int64).T
+    parts = []
+    for shift in (0, 1):
+        begins = np.maximum(firsts - shift, starts)
+        counts = ends - shift - begins
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        shares = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
+        parts.append((np.repeat(begins, counts) + within, shares, np.repeat(2 * np.arange(len(rows)) + shift, counts)))
+    gathered = [torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)]
+    return torch.from_numpy(rows), *gathered

@@ -1,0 +1,75 @@
+"""An evaluation that is interrupted: what was scored is kept, and taken again only for the same model and data."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bivec import cli
+from bivec.evaluation import classification
+
+
+@pytest.fixture
+def evaluate(tiny_llama_folder, labelled_folder, tmp_path):
+    def evaluate(*options):
+        output = tmp_path / "report.json"
+        given = ["classification", "--model", tiny_llama_folder, "--data", labelled_folder, "--output", output]
+        return CliRunner().invoke(cli.app, ["evaluate", *map(str, given), "--dtype", "float32", *options])
+
+    return evaluate
+
+
+@pytest.fixture
+def interrupted(evaluate, monkeypatch, tmp_path):
+    """A classification that ended while its second data set was scored; returns the data sets that are scored."""
+    scored = []
+    classify = classification.classify
+
+    def counting(task, *arguments):
+        scored.append(task.name)
+        if scored == ["split", "three"]:
+            raise KeyboardInterrupt
+        return classify(task, *arguments)
+
+    monkeypatch.setattr(classification, "classify", counting)
+    assert evaluate().exit_code == 130
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["report.json.unfinished"]
+    return scored
+
+
+def test_what_was_scored_is_not_scored_again(evaluate, interrupted, tmp_path):
+    found = evaluate("--resume")
+    assert found.exit_code == 0, found.output
+    assert interrupted == ["split", "three", "three", "whole"]
+    resumed = json.loads((tmp_path / "report.json").read_text())
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["report.json"]
+    (tmp_path / "report.json").unlink()
+    assert evaluate().exit_code == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == resumed
+
+
+def test_an_interrupted_evaluation_is_never_lost_unasked(evaluate, interrupted):
+    found = evaluate()
+    assert found.exit_code == 2
+    assert "is an interrupted evaluation: --resume goes on with it, --overwrite begins anew" in found.stderr
+    assert evaluate("--overwrite").exit_code == 0
+    assert interrupted == ["split", "three", "split", "three", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(["--pooling", "last"], "model and settings"), (["--seeds", "4"], "settings"), ([], "data")]
+)
+def test_another_evaluation_is_not_gone_on_with(evaluate, interrupted, labelled_folder, change, named):
+    if named == "data":
+        with (labelled_folder / "whole.all").open("a") as file:
+            file.write("1 one more\n")
+    found = evaluate("--resume", *change)
+    assert found.exit_code == 2
+    assert f"was scored with another {named}: --overwrite begins anew" in found.stderr
+
+
+def test_a_file_of_that_name_is_not_replaced(evaluate, tmp_path):
+    (tmp_path / "report.json.unfinished").write_text("notes")
+    found = evaluate("--overwrite")
+    assert found.exit_code == 2
+    assert "report.json.unfinished is not overwritten: it is nothing that this command wrote" in found.stderr
