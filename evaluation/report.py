@@ -80,7 +80,7 @@ class Report:
 
     Attributes:
         task: as `bivec evaluate` calls it: `sts`, `classification`, `words`, …
-        model: what was evaluated, from `Encoder.describe`.
+        model: what was evaluated, from `Encoder.describe`; `identity` is all that its vectors depend on.
         settings: what the figures depend on beside the model and the data.
         data: SHA-256 of each data set as it was used.
         checks: statements that were verified, and how that came out.
@@ -92,6 +92,12 @@ class Report:
     data: dict[str, str]
     scores: list[Score]
     checks: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """All that the figures come from, as JSON has it: reports of one origin are the same."""
+        model = self.model.get("identity")
+        return json.loads(json.dumps({"task": self.task, "model": model, "settings": self.settings, "data": self.data}))
 
     def to_json(self) -> bytes:
         """The file's content; undefined figures are null."""

@@ -105,23 +105,47 @@ def clustered(statistic: Statistic, clusters: Sequence[float] | np.ndarray) -> t
     return (lambda weights: statistic(weights[:, owner])), len(names)
 
 
+class Bootstrap(NamedTuple):
+    """A statistic's value, and its values `(B,)` in resamples, the same for every statistic of as many items."""
+
+    value: float
+    resampled: np.ndarray
+
+    def estimate(self) -> Estimate:
+        """The value and the percentile interval of `CONFIDENCE`."""
+        return Estimate(self.value, *_interval(self.resampled))
+
+    def over(self, other: "Bootstrap") -> Difference:
+        """This minus another of the same items; the p-value is twice the share of resamples on the far side of zero,
+        never below 2 / (B + 1).
+        """
+        values = self.resampled - other.resampled
+        smaller = min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0))
+        p_value = min(1.0, 2 * (smaller + 1) / (len(values) + 1))
+        return Difference(self.value - other.value, *_interval(values), p_value)
+
+
+def bootstrap(
+    statistics: Sequence[Statistic], num_items: int, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Bootstrap]:
+    """Statistics of the same number of items, all on the same resamples, which are drawn once."""
+    values = [[statistic(weights) for statistic in statistics] for weights in resample(num_items, resamples, seed)]
+    plain = [float(statistic(np.ones((1, num_items)))[0]) for statistic in statistics]
+    return [Bootstrap(*found) for found in zip(plain, map(np.concatenate, zip(*values, strict=True)), strict=True)]
+
+
 def estimate(statistic: Statistic, num_items: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """The statistic and its percentile interval of `CONFIDENCE`; the same seed gives the same interval."""
-    values = np.concatenate([statistic(weights) for weights in resample(num_items, resamples, seed)])
-    return Estimate(_plain(statistic, num_items), *_interval(values))
+    (found,) = bootstrap([statistic], num_items, resamples=resamples, seed=seed)
+    return found.estimate()
 
 
 def paired_difference(
     first: Statistic, second: Statistic, num_items: int, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """`second` minus `first` over the same items, both on the same resamples.
-
-    The p-value is twice the share of resamples on the far side of zero, never below 2 / (resamples + 1).
-    """
-    values = np.concatenate([second(weights) - first(weights) for weights in resample(num_items, resamples, seed)])
-    value = _plain(second, num_items) - _plain(first, num_items)
-    smaller = min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0))
-    return Difference(value, *_interval(values), min(1.0, 2 * (smaller + 1) / (resamples + 1)))
+    """`second` minus `first` over the same items, both on the same resamples; the p-value as of `Bootstrap.over`."""
+    before, after = bootstrap([first, second], num_items, resamples=resamples, seed=seed)
+    return after.over(before)
 
 
 def resample(num_items: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -177,10 +201,6 @@ def _correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, x
 
 def _quotient(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     return np.divide(over, under, out=np.full(over.shape, np.nan), where=under != 0)
-
-
-def _plain(statistic: Statistic, num_items: int) -> float:
-    return float(statistic(np.ones((1, num_items)))[0])
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -37,7 +37,7 @@ class EvaluateSettings:
         seeds: how many, from 0 on, where something is shuffled or drawn.
         baseline: whether TF-IDF is scored beside the model; text similarity and classification.
         num_texts: how many texts generation and anisotropy draw.
-        resume: go on with an evaluation into `output` that was interrupted.
+        resume: go on with an evaluation into `output` that was interrupted; with `overwrite`, unless it was another.
         layers: of tasks on words: `last` with the embeddings beside it, or `all`.
         read_out: of these: `token`, `previous`, `both`, or `all` three.
         sub_tokens: of these: which of a word's tokens its vector is made of.
@@ -104,18 +104,11 @@ def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lamb
 
 
 def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) -> Report:
-    units = _TASKS[settings.task](settings)
+    units = read_units(settings)
     encoder = load_encoder(settings)
-    description = encoder.describe()
-    report = Report(
-        task=settings.task,
-        model=description["model"] | description["encoding"] | {"dtype": str(encoder.dtype).removeprefix("torch.")},
-        settings=settings.shaping_the_figures() | {"bivec": __version__},
-        data={unit.name: unit.fingerprint for unit in units},
-        scores=[],
-    )
+    report = empty_report(settings, units, encoder)
     if unfinished is not None:
-        unfinished.begin(report, encoder.identity())
+        unfinished.begin(report)
     for unit in units:
         found = None if unfinished is None else unfinished.finished(unit.name)
         if found is None:
@@ -125,6 +118,24 @@ def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) 
         report.scores.extend(found.scores)
         report.checks.update(found.checks)
     return report
+
+
+def read_units(settings: EvaluateSettings) -> list[Unit]:
+    """All that is to be scored, from the task's files, which are read and checked; errors as of `evaluate`."""
+    return _TASKS[settings.task](settings)
+
+
+def empty_report(settings: EvaluateSettings, units: list[Unit], encoder: Encoder) -> Report:
+    """What a report says before anything is scored: `Report.origin` is what its figures will have come from."""
+    description = encoder.describe()
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    return Report(
+        task=settings.task,
+        model=description["model"] | description["encoding"] | {"dtype": dtype, "identity": encoder.identity()},
+        settings=settings.shaping_the_figures() | {"bivec": __version__},
+        data={unit.name: unit.fingerprint for unit in units},
+        scores=[],
+    )
 
 
 def load_encoder(settings: EvaluateSettings) -> Encoder:

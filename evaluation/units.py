@@ -42,7 +42,8 @@ class Unfinished:
     """The units that an evaluation into `output` has scored so far.
 
     Args:
-        resume: go on with what is there, else it is an error that something is; unless `overwrite` begins anew.
+        resume: go on with what is there.
+        overwrite: begin anew; with `resume`, where what is there was scored of another model, data or settings.
     Raises:
         FileExistsError: an interrupted evaluation is there, and neither was asked for.
     """
@@ -54,21 +55,23 @@ class Unfinished:
                 f"{self._path} is an interrupted evaluation: --resume goes on with it, --overwrite begins anew"
             )
         refuse_existing(self._path, _is_unfinished, overwrite=True)
-        self._resume = resume
+        self._resume, self._overwrite = resume, overwrite
         self._content: dict[str, Any] = {}
 
-    def begin(self, report: Report, identity: dict[str, Any]) -> None:
+    def begin(self, report: Report) -> None:
         """Take over what is there.
 
         Raises:
-            ValueError: it was scored of another model, with other settings or on other data; says which.
+            ValueError: it was scored of another model, with other settings or on other data, and is not to be
+                overwritten; says which.
         """
-        self._content = {"task": report.task, "model": identity, "settings": report.settings, "data": report.data}
-        self._content = json.loads(json.dumps(self._content)) | {"units": {}}
+        self._content = report.origin | {"units": {}}
         if not (self._resume and self._path.exists()):
             return
         before = json.loads(self._path.read_text(encoding="utf-8"))
-        changed = [name for name in ("task", "model", "settings", "data") if before[name] != self._content[name]]
+        changed = [name for name in report.origin if before[name] != self._content[name]]
+        if changed and self._overwrite:
+            return
         if changed:
             raise ValueError(
                 f"{self._path} was scored with another {' and '.join(changed)}: --overwrite begins anew, or name "

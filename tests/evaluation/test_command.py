@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bivec import Encoder, cli
+from bivec.engine.checkpoints import resolve
+from bivec.engine.fingerprint import fingerprint
 from bivec.engine.outputs import AtomicFile
 from bivec.evaluation import tasks
 from bivec.evaluation.report import Report
@@ -42,6 +44,7 @@ def test_sts(run, similarity_folder, tiny_llama_folder, tmp_path):
     ]
     assert len(lines) == 7
     assert report.model["mask"] == "causal, window (-1, 0)"
+    assert report.origin["model"]["base"] == fingerprint(resolve(tiny_llama_folder))["base"]
     (task,) = read_tasks(similarity_folder, "dev")
     encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", window=(-1, 0))
     expected = cosines(encoder.encode(task.pairs.first), encoder.encode(task.pairs.second))

@@ -124,3 +124,12 @@ def test_equal_systems_are_seldom_told_apart():
 def test_what_is_no_pair_of_variables_is_refused(first, second, message):
     with pytest.raises(ValueError, match=message):
         spearman(first, second)
+
+
+def test_statistics_on_the_same_resamples_are_those_of_each():
+    x, y = tied_pairs(90)
+    found = statistics.bootstrap([spearman(x, y), pearson(x, y), ratio(y)], 90)
+    assert found[0].estimate() == estimate(spearman(x, y), 90)
+    assert found[2].estimate() == estimate(ratio(y), 90)
+    assert found[1].over(found[0]) == paired_difference(spearman(x, y), pearson(x, y), 90)
+    assert found[1].over(found[0]).value == found[1].value - found[0].value != 0

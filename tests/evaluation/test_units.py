@@ -68,6 +68,13 @@ def test_another_evaluation_is_not_gone_on_with(evaluate, interrupted, labelled_
     assert f"was scored with another {named}: --overwrite begins anew" in found.stderr
 
 
+@pytest.mark.parametrize(("changes", "scored_again"), [([], False), (["--pooling", "last"], True)])
+def test_what_is_there_may_be_gone_on_with_or_else_replaced(evaluate, interrupted, changes, scored_again):
+    found = evaluate("--resume", "--overwrite", *changes)
+    assert found.exit_code == 0, found.output
+    assert interrupted == ["split", "three", *["split"] * scored_again, "three", "whole"]
+
+
 def test_a_file_of_that_name_is_not_replaced(evaluate, tmp_path):
     (tmp_path / "report.json.unfinished").write_text("notes")
     found = evaluate("--overwrite")
