@@ -1,4 +1,4 @@
-"""`bivec evaluate`: a command for each kind of task, and the comparison of two results."""
+"""`bivec evaluate`: a command for each kind of task, the comparison of two results, and a page of many."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from .cli_shared import (
     Pooling,
     echo,
     one_line_errors,
+    printable,
     warn_of_default,
 )
 
@@ -54,7 +55,7 @@ def evaluate_labelled(
     resume: Resume = False,
     seeds: Seeds = 3,
     split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
-    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF and the token average beside it.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
 ) -> None:
     """Score embeddings against labels.
 
@@ -154,8 +155,35 @@ def compare(
         from .evaluation.report import Report
 
         names = (first.stem, second.stem)
-        found = comparison.compare(Report.read(first), Report.read(second))
-        echo("\n".join(comparison.table(found, names)))
+        rows = comparison.compare(Report.read(first), Report.read(second))
+        echo("\n".join(comparison.table(rows, names)))
         if output is not None:
             with open_output(output, [first, second], overwrite=overwrite, is_own=comparison.is_picture) as publish:
-                publish(comparison.draw(found.rows, names, output))
+                publish(comparison.draw(rows, names, output))
+
+
+@evaluation.command()
+def report(
+    results: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RESULT.json...", help="Results, each under its model's name.")
+    ],
+    output: Annotated[Path, typer.Option(help="A .md of tables, or a .html with pictures beside them.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
+) -> None:
+    """Write tables and pictures of any number of results: several models, tasks and runs.
+
+    A row is called as its file is, or, where that is the task's name, as its folder: base/ner.json is base. With NAME=
+    before them, several runs of one task become one row: their mean, and each run's own figure.
+
+    Example: bivec evaluate report base/*.json simcse=run1/sts.json simcse=run2/sts.json --output report.html
+    """
+    with one_line_errors():
+        from .engine.outputs import open_output
+        from .evaluation import pages
+        from .evaluation.pages_results import read_results
+
+        pages.check_name(output)
+        found = read_results(results)
+        files = [result.path for result in found]
+        with open_output(output, files, overwrite=overwrite, is_own=pages.is_page) as publish:
+            publish(printable(pages.render(found, output)).encode())
