@@ -55,7 +55,7 @@ def evaluate_labelled(
     resume: Resume = False,
     seeds: Seeds = 3,
     split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
-    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF beside it: words, characters.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF and the token average beside it.")] = False,
 ) -> None:
     """Score embeddings against labels.
 
@@ -155,11 +155,11 @@ def compare(
         from .evaluation.report import Report
 
         names = (first.stem, second.stem)
-        rows = comparison.compare(Report.read(first), Report.read(second))
-        echo("\n".join(comparison.table(rows, names)))
+        found = comparison.compare(Report.read(first), Report.read(second))
+        echo("\n".join(comparison.table(found, names)))
         if output is not None:
             with open_output(output, [first, second], overwrite=overwrite, is_own=comparison.is_picture) as publish:
-                publish(comparison.draw(rows, names, output))
+                publish(comparison.draw(found.rows, names, output))
 
 
 @evaluation.command()

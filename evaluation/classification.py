@@ -23,7 +23,6 @@ from ..texts.rows import Unreadable
 from .extras import needed
 from .report import Score
 from .splits import Split, find_splits, looked_for
-from .statistics import estimate, ratio
 
 EXTENSIONS = (".all", ".txt", "")
 STRENGTHS = tuple(10.0**power for power in range(-3, 3))  # C, the inverse of the penalty's weight
@@ -122,10 +121,9 @@ def classify(task: ClassificationTask, split: Split, features: Features, seeds: 
 def score(task: ClassificationTask, split: Split, system: str, outcome: Outcome) -> Score:
     """Mean accuracy over seeds, its interval over texts, and each seed's own."""
     right = outcome.correct.mean(axis=0)
-    interval = estimate(ratio(right), len(right))
     details = {"accuracy of each seed": outcome.correct.mean(axis=1).tolist(), "chosen C": outcome.strengths}
     scored = split if split in task.rows else f"{FOLDS} folds"
-    return Score(task.name, scored, system, "accuracy", *interval, items={"correct": right.tolist()}, details=details)
+    return Score.of_items(task.name, scored, system, "accuracy", {"correct": right}, details=details)
 
 
 def _read_task(name: str, files: dict[str, Path]) -> ClassificationTask:

@@ -8,50 +8,62 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .extras import needed
-from .report import Report, Score, aligned, interval, number, statistic_of
-from .statistics import Difference, paired_difference
+from .report import Report, Score, aligned, difference_cells, interval, number
+from .statistics import Difference
+from .summary import difference, parts_of
 
 
 class Row(NamedTuple):
-    """One figure in both reports, or in one; the difference is second minus first, where items can be paired."""
+    """One figure of both reports; the difference is second minus first, where items can be paired."""
 
-    scores: tuple[Score | None, Score | None]
+    scores: tuple[Score, Score]
     difference: Difference | None
 
     @property
     def known(self) -> Score:
-        """The first score there is: dataset, metric and the like are the same in both."""
-        return next(score for score in self.scores if score is not None)
+        """Either score: dataset, metric and the like are the same in both."""
+        return self.scores[0]
 
 
-def compare(first: Report, second: Report) -> list[Row]:
-    """Every figure of either report; raises ValueError where the two cannot be compared."""
+class Comparison(NamedTuple):
+    """The figures that both reports have, and the names of those that only the first has, or the second."""
+
+    rows: list[Row]
+    alone: tuple[list[str], list[str]]
+
+
+def compare(first: Report, second: Report) -> Comparison:
+    """Every figure of both; raises ValueError where the two cannot be compared, or have none in common."""
     if first.task != second.task:
         raise ValueError(f"both reports must be of one task, got {first.task} and {second.task}")
     for name in first.data.keys() & second.data.keys():
         if first.data[name] != second.data[name]:
             raise ValueError(f"both reports must be of the same texts, but those of {name} differ")
     ours, theirs = ({score.key: score for score in report.scores} for report in (first, second))
-    rows = []
-    for key in [*ours, *(key for key in theirs if key not in ours)]:
-        a, b = ours.get(key), theirs.get(key)
-        rows.append(Row((a, b), _difference(a, b) if a is not None and b is not None else None))
-    return rows
-
-
-def table(rows: list[Row], names: tuple[str, str]) -> Iterator[str]:
-    """Lines: both values with their 95 % intervals, the difference with its own, and its p-value."""
-    cells: list[tuple[str, ...]] = [
-        ("", names[0], "95 % interval", names[1], "95 % interval", "difference", "95 % interval", "p")
+    if not ours.keys() & theirs.keys():
+        here, there = (", ".join(report.data) or "none" for report in (first, second))
+        raise ValueError(f"both reports must have figures in common, got the data sets {here} and {there}")
+    rows = [
+        Row((score, theirs[key]), _difference((score, theirs[key]), (ours, theirs)))
+        for key, score in ours.items()
+        if key in theirs
     ]
-    for row in rows:
-        values = [cell for score in row.scores for cell in _cells(score)]
-        change = ["", "", ""]
-        if row.difference is not None:
-            value, low, high, p_value = row.difference
-            change = [f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p_value:.4f}"]
-        cells.append((f"{_subject(row)} {row.known.what}", *values, *change))
+    return Comparison(rows, (_alone(first, second, theirs), _alone(second, first, ours)))
+
+
+def table(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
+    """Lines: both values with their 95 % intervals, the difference with its own, and its p-value; what is left out."""
+    cells: list[tuple[str, ...]] = [
+        ("", "n", names[0], "95 % interval", names[1], "95 % interval", "difference", "95 % interval", "p")
+    ]
+    for row in comparison.rows:
+        values = [cell for score in row.scores for cell in (number(score.value), interval(score))]
+        count = "" if row.known.n is None else f"{row.known.n:,}"
+        cells.append((f"{_subject(row)} {row.known.what}", count, *values, *difference_cells(row.difference)))
     yield from aligned(cells)
+    for name, alone in zip(names, comparison.alone, strict=True):
+        if alone:
+            yield f"only in {name}: {', '.join(alone)}"
 
 
 def draw(rows: list[Row], names: tuple[str, str], path: Path) -> bytes:
@@ -95,36 +107,46 @@ def is_picture(path: Path) -> bool:
 
 def _draw_lines(axis: Any, rows: list[Row], names: tuple[str, str]) -> None:
     for place, name in enumerate(names):
-        scores = [score for row in rows if (score := row.scores[place]) is not None]
+        scores = [row.scores[place] for row in rows]
         axis.plot([score.layer for score in scores], [score.value for score in scores], marker=".", label=name)
     axis.set_xlabel("layer")
 
 
 def _draw_points(axis: Any, rows: list[Row], names: tuple[str, str]) -> None:
     for place, name in enumerate(names):
-        found = [(height, score) for height, row in enumerate(rows) if (score := row.scores[place]) is not None]
-        values = np.array([score.value for _, score in found])
-        bounds = np.array([[score.low, score.high] for _, score in found], dtype=float).reshape(-1, 2)  # None is nan
+        scores = [row.scores[place] for row in rows]
+        values = np.array([score.value for score in scores])
+        bounds = np.array([[score.low, score.high] for score in scores], dtype=float)  # None is nan
         errors = np.abs(bounds.T - values)
-        heights = [height + 0.2 * place for height, _ in found]
+        heights = np.arange(len(rows)) + 0.2 * place
         axis.errorbar(values, heights, xerr=errors, fmt="o", label=name)
     axis.set_yticks(range(len(rows)), [_subject(row) for row in rows])
     axis.invert_yaxis()
 
 
 def _subject(row: Row) -> str:
-    return f"{row.known.dataset} {row.known.split} {row.known.system}"
+    return _name(row.known)
 
 
-def _cells(score: Score | None) -> tuple[str, str]:
-    return ("", "") if score is None else (number(score.value), interval(score))
+def _name(score: Score) -> str:
+    return f"{score.dataset} {score.split} {score.system}"
 
 
-def _difference(first: Score, second: Score) -> Difference | None:
+def _alone(report: Report, other: Report, theirs: dict[tuple, Score]) -> list[str]:
+    """Data sets, and figures of common ones, that `report` has and `other`, whose scores by key are `theirs`, not."""
+    names = [
+        score.dataset if score.dataset in report.data and score.dataset not in other.data else _name(score)
+        for score in report.scores
+        if score.key not in theirs
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _difference(scores: tuple[Score, Score], of_reports: tuple[dict, dict]) -> Difference | None:
     """Paired where both have the same items; the scores of a baseline are the same twice."""
-    if first.items == second.items or first.items.get("cluster") != second.items.get("cluster"):
+    first, second = (parts_of(score, known) for score, known in zip(scores, of_reports, strict=True))
+    if [part.key for part in first] != [part.key for part in second]:
+        return None  # means of different sets
+    if all(ours.items == theirs.items for ours, theirs in zip(first, second, strict=True)):
         return None
-    before, after = (statistic_of(score.metric, score.items) for score in (first, second))
-    if before is None or after is None or before.num_items != after.num_items:
-        return None
-    return paired_difference(before.statistic, after.statistic, before.num_items)
+    return difference(first, second)

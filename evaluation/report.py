@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .statistics import Statistic, clustered, correlation, estimate, mean_of, perplexity, ratio
+from .statistics import Difference, Statistic, clustered, correlation, estimate, mean_of, perplexity, ratio
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Score:
         items: what a paired comparison needs of each item, by name, all of one length; `cluster` numbers the items that
             are resampled together.
         details: what else belongs to it.
+        lead: how far the model is ahead of this, a baseline's figure, on the same items.
     """
 
     dataset: str
@@ -44,6 +45,7 @@ class Score:
     probe: str | None = None
     items: dict[str, list[float]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    lead: Difference | None = None
 
     @classmethod
     def of_items(
@@ -52,7 +54,7 @@ class Score:
         split: str,
         system: str,
         metric: str,
-        items: dict[str, Sequence[float] | np.ndarray],
+        items: Mapping[str, Sequence[float] | np.ndarray],
         **rest: Any,
     ) -> "Score":
         """The figure that the items give, as `statistic_of` says, with its interval; `n` is their number."""
@@ -84,6 +86,7 @@ class Report:
         settings: what the figures depend on beside the model and the data.
         data: SHA-256 of each data set as it was used.
         checks: statements that were verified, and how that came out.
+        notes: what a reader must know beside the figures, such as how many rows were left out.
     """
 
     task: str
@@ -92,6 +95,7 @@ class Report:
     data: dict[str, str]
     scores: list[Score]
     checks: dict[str, bool] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -134,7 +138,10 @@ def read_score(values: dict[str, Any]) -> Score:
     items = {name: [_number(item) for item in column] for name, column in values.get("items", {}).items()}
     if items and len({0, *map(len, items.values())}) != 2:
         raise ValueError(f"items {', '.join(items)} must be of one length")
-    return Score(**values | {"value": _number(values["value"]), "items": items})
+    lead = values.get("lead")
+    if lead is not None:
+        lead = Difference(**{name: _number(value) for name, value in lead.items()})
+    return Score(**values | {"value": _number(values["value"]), "items": items, "lead": lead})
 
 
 def _check_kinds(values: dict[str, Any], kinds: dict[str, Any]) -> None:
@@ -187,15 +194,27 @@ def fingerprint(*columns: Iterable) -> str:
 
 
 def table(report: Report) -> Iterator[str]:
-    """Lines: a row a figure, a column of layers where any has one."""
+    """Lines: a row a figure, with the model's lead over it where it is a baseline's; then checks and notes."""
+    with_leads = any(score.lead for score in report.scores)
     rows = [("data", "split", "n", "system", "metric", "value", "95 % interval")]
+    leads = [("model's lead", "95 % interval", "p")]
     for score in report.scores:
         count = "" if score.n is None else f"{score.n:,}"
         value = number(score.value)
         rows.append((score.dataset, score.split, count, score.system, score.what, value, interval(score)))
-    yield from aligned(rows)
+        leads.append(difference_cells(score.lead))
+    yield from aligned([(*row, *lead) for row, lead in zip(rows, leads, strict=True)] if with_leads else rows)
     for check, passed in report.checks.items():
         yield f"{check}: {'yes' if passed else 'NO'}"
+    yield from report.notes
+
+
+def difference_cells(difference: Difference | None) -> tuple[str, str, str]:
+    """The difference with its sign, its interval and its p-value; empty without one."""
+    if difference is None:
+        return "", "", ""
+    value, low, high, p_value = difference
+    return f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p_value:.4f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -217,7 +236,9 @@ def interval(score: Score) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for numbers that are not finite, which JSON does not have."""
+    """The value as JSON has it: None for numbers that are not finite, an object for a difference."""
+    if isinstance(value, Difference):
+        return finite(value._asdict())
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

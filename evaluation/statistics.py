@@ -125,6 +125,12 @@ class Bootstrap(NamedTuple):
         return Difference(self.value - other.value, *_interval(values), p_value)
 
 
+def mean_of_sets(sets: Sequence[Bootstrap]) -> Bootstrap:
+    """The plain mean of several sets' figures, each of which was resampled on its own, with a seed of its own."""
+    value = float(np.mean([one.value for one in sets]))
+    return Bootstrap(value, np.mean([one.resampled for one in sets], axis=0))
+
+
 def bootstrap(
     statistics: Sequence[Statistic], num_items: int, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Bootstrap]:

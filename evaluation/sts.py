@@ -17,7 +17,6 @@ from ..texts.formats import lines
 from ..texts.rows import MAX_ROW_BYTES, Fault, InputFile, Unreadable, decoded
 from .report import Score
 from .splits import Split, find_splits, looked_for
-from .statistics import estimate, pearson, spearman
 
 EXTENSIONS = (".csv", ".tsv")
 COLUMNS = ("sentence1", "sentence2", "score")
@@ -88,14 +87,17 @@ def cosines(first: Any, second: Any) -> np.ndarray:
     return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
 
 
+def cosines_of_halves(vectors: Any) -> np.ndarray:
+    """`cosines` of the first half of the rows `(2 n, E)` with the second."""
+    half = vectors.shape[0] // 2
+    return cosines(vectors[:half], vectors[half:])
+
+
 def score(task: SimilarityTask, system: str, similarities: np.ndarray) -> list[Score]:
     """Spearman's and Pearson's correlation of `similarities` `(n,)` with the scores, with their intervals."""
     gold = task.pairs.scores
-    items = {"gold": gold.tolist(), "similarity": similarities.tolist()}
-    return [
-        Score(task.name, task.split, system, metric, *estimate(correlation(gold, similarities), len(gold)), items=items)
-        for metric, correlation in (("spearman", spearman), ("pearson", pearson))
-    ]
+    items = {"gold": gold, "similarity": similarities}
+    return [Score.of_items(task.name, task.split, system, metric, items) for metric in ("spearman", "pearson")]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -1,7 +1,7 @@
 """One evaluation from start to end: the task's files are read and checked, the model is loaded, scored and reported."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,16 @@ from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
 from . import anisotropy, classification, generation, sts
-from .baselines import BASELINES, tfidf
+from .baselines import TFIDF, TOKEN_AVERAGE, tfidf, token_averages
 from .report import Report, fingerprint, is_report
 from .splits import Split
 from .states import READ_OUTS, Layers, ReadOut, SubTokens
+from .summary import summarized
 from .texts import read_texts
 from .units import Scored, Unfinished, Unit
 
 Task = Literal["sts", "classification", "generation", "anisotropy"]
+_WITH_MEANS: tuple[Task, ...] = ("sts", "classification")  # whose data sets are of a kind
 WINDOWS = {"bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
 
 
@@ -35,7 +37,7 @@ class EvaluateSettings:
         overwrite: replace `output` where it is an earlier report.
         split: of text similarity and classification.
         seeds: how many, from 0 on, where something is shuffled or drawn.
-        baseline: whether TF-IDF is scored beside the model; text similarity and classification.
+        baseline: whether TF-IDF and the token average are scored beside the model; similarity and classification.
         num_texts: how many texts generation and anisotropy draw.
         resume: go on with an evaluation into `output` that was interrupted; with `overwrite`, unless it was another.
         layers: of tasks on words: `last` with the embeddings beside it, or `all`.
@@ -117,7 +119,8 @@ def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) 
                 unfinished.keep(unit.name, found)
         report.scores.extend(found.scores)
         report.checks.update(found.checks)
-    return report
+        report.notes.extend(found.notes)
+    return replace(report, scores=summarized(report.scores, means=settings.task in _WITH_MEANS))
 
 
 def read_units(settings: EvaluateSettings) -> list[Unit]:
@@ -152,32 +155,29 @@ def load_encoder(settings: EvaluateSettings) -> Encoder:
 
 
 def _sts(settings: EvaluateSettings) -> list[Unit]:
-    tasks = sts.read_tasks(Path(settings.data), settings.split)
-    if settings.baseline:
-        for task in tasks:
-            if task.train is None:
-                raise FileNotFoundError(f"the baseline of {task.name} needs its training split in {settings.data}")
-
     def score(task: sts.SimilarityTask, encoder: Encoder) -> Scored:
-        first, second = task.pairs.first, task.pairs.second
-        vectors = encoder.encode([*first, *second])
-        scores = sts.score(task, "model", sts.cosines(vectors[: len(first)], vectors[len(first) :]))
-        if settings.baseline and task.train is not None:
-            for name in BASELINES:
-                vectorizer = tfidf(name, [*task.train.first, *task.train.second])
-                similarities = sts.cosines(vectorizer.transform(first), vectorizer.transform(second))
-                scores += sts.score(task, name, similarities)
-        return Scored(scores)
+        texts = [*task.pairs.first, *task.pairs.second]
+        scores = sts.score(task, "model", sts.cosines_of_halves(encoder.encode(texts)))
+        if not settings.baseline:
+            return Scored(scores)
+        fit_on = texts if task.train is None else [*task.train.first, *task.train.second]
+        for name in TFIDF:
+            scores += sts.score(task, name, sts.cosines_of_halves(tfidf(name, fit_on).transform(texts)))
+        scores += sts.score(task, TOKEN_AVERAGE, sts.cosines_of_halves(token_averages(encoder, texts)))
+        fitted = "the scored sentences, whose scores it does not see" if task.train is None else "the training split"
+        return Scored(scores, notes=[f"{task.name}: TF-IDF is fitted on {fitted}"])
 
+    tasks = sts.read_tasks(Path(settings.data), settings.split)
     return [Unit(task.name, fingerprint(*task.pairs), partial(score, task)) for task in tasks]
 
 
 def _classification(settings: EvaluateSettings) -> list[Unit]:
     def score(task: classification.ClassificationTask, encoder: Encoder) -> Scored:
-        vectors = encoder.encode(task.texts).astype(np.float64)
-        systems: dict[str, classification.Features] = {"model": partial(fixed_features, vectors)}
+        systems = {"model": partial(fixed_features, encoder.encode(task.texts).astype(np.float64))}
         if settings.baseline:
-            systems |= {name: partial(_tfidf_features, name, task.texts) for name in BASELINES}
+            systems |= {name: partial(_tfidf_features, name, task.texts) for name in TFIDF}
+            averages = token_averages(encoder, task.texts).astype(np.float64)
+            systems[TOKEN_AVERAGE] = partial(fixed_features, averages)
         scores = []
         for name, features in systems.items():
             outcome = classification.classify(task, settings.split, features, range(settings.seeds))

@@ -18,10 +18,11 @@ from .report import Report, Score, finite, read_score
 
 
 class Scored(NamedTuple):
-    """What a unit gave: its figures, and statements that were verified."""
+    """What a unit gave: its figures, statements that were verified, and notes."""
 
     scores: list[Score]
     checks: dict[str, bool] = {}  # noqa: RUF012  # never written to
+    notes: list[str] = []  # noqa: RUF012  # the same
 
 
 class Unit(NamedTuple):
@@ -82,12 +83,14 @@ class Unfinished:
     def finished(self, name: str) -> Scored | None:
         """What a unit gave before the interruption; None where it was not scored."""
         unit = self._content["units"].get(name)
-        return None if unit is None else Scored([read_score(score) for score in unit["scores"]], unit["checks"])
+        if unit is None:
+            return None
+        return Scored([read_score(score) for score in unit["scores"]], unit["checks"], unit["notes"])
 
     def keep(self, name: str, scored: Scored) -> None:
         """Write down what a unit gave; where that fails a warning says so, since the work itself may yet succeed."""
         scores = [asdict(score) for score in scored.scores]
-        self._content["units"][name] = finite({"scores": scores, "checks": scored.checks})
+        self._content["units"][name] = finite({"scores": scores, "checks": scored.checks, "notes": scored.notes})
         try:
             self._write()
         except OSError as error:

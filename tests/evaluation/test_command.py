@@ -38,11 +38,13 @@ def run(tiny_llama_folder, tmp_path):
 
 def test_sts(run, similarity_folder, tiny_llama_folder, tmp_path):
     lines, report = run("sts", similarity_folder, "--split", "dev", "--baseline", "--window", "causal")
-    systems = ["model", "tfidf-words", "tfidf-characters"]
+    systems = ["model", "tfidf-words", "tfidf-characters", "token average"]
     assert [(score.system, score.metric) for score in report.scores] == [
         (system, metric) for system in systems for metric in ("spearman", "pearson")
     ]
-    assert len(lines) == 7
+    assert [score.lead is None for score in report.scores] == [True] * 2 + [False] * 6
+    assert len(lines) == 10
+    assert lines[-1] == "small: TF-IDF is fitted on the training split"
     assert report.model["mask"] == "causal, window (-1, 0)"
     assert report.origin["model"]["base"] == fingerprint(resolve(tiny_llama_folder))["base"]
     (task,) = read_tasks(similarity_folder, "dev")
@@ -58,7 +60,7 @@ def test_sts_of_two_windows_compared(run, similarity_folder, tmp_path):
     found = invoke("compare", *files, "--output", tmp_path / "picture.png")
     assert found.exit_code == 0, found.output
     header, spearman, _ = found.stdout.splitlines()
-    assert header.split()[:4] == ["causal", "95", "%", "interval"]
+    assert header.split()[:5] == ["n", "causal", "95", "%", "interval"]
     assert spearman.startswith("small test model spearman")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -98,6 +100,9 @@ def test_classification(run, labelled_folder):
     assert len(found["three", "model"].details["accuracy of each seed"]) == 2
     assert found["three", "tfidf-words"].value == 1.0  # a word tells the label
     assert all(0 <= score.low <= score.value <= score.high <= 1 for score in report.scores)
+    assert all(score.lead for score in report.scores if score.system != "model")
+    assert found["mean of 3", "model"].value == np.mean([found[name, "model"].value for name in report.data])
+    assert found["mean of 3", "token average"].n == 30 + 30 + 40
 
 
 def test_generation_of_an_adapter(run, text_file, adapted):
@@ -173,12 +178,17 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, monkeypatch, task, na
     assert found.stderr.count("\n") == 1
 
 
-def test_a_baseline_needs_its_training_split(similarity_folder, monkeypatch):
-    monkeypatch.setattr(tasks, "load_encoder", lambda _: pytest.fail("the model must not be loaded"))
+def test_a_baseline_needs_no_training_split(run, similarity_folder):
+    with_training = run("sts", similarity_folder, "--baseline")[1]
     (similarity_folder / "small-train.csv").unlink()
-    found = invoke("sts", "--data", similarity_folder, "--model", "m", "--baseline")
-    assert found.exit_code == 2
-    assert "the baseline of small needs its training split" in found.stderr
+    lines, report = run("sts", similarity_folder, "--baseline", name="without")
+    assert report.notes == ["small: TF-IDF is fitted on the scored sentences, whose scores it does not see"]
+    assert lines[-1] == report.notes[0]
+    values, before = ({s.system: s.value for s in found.scores} for found in (report, with_training))
+    assert {system for system, value in values.items() if value != before[system]} == {
+        "tfidf-words",
+        "tfidf-characters",
+    }
 
 
 def test_an_output_in_no_folder_is_refused_before_the_work(similarity_folder, monkeypatch):

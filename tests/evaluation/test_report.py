@@ -13,7 +13,7 @@ from bivec.engine.outputs import open_output
 from bivec.evaluation import comparison, extras
 from bivec.evaluation.comparison import compare, draw, is_picture
 from bivec.evaluation.report import Report, Score, fingerprint, is_report, statistic_of, table
-from bivec.evaluation.statistics import paired_difference, spearman
+from bivec.evaluation.statistics import Difference, paired_difference, spearman
 
 
 def similarity_score(seed: int, system: str = "model") -> Score:
@@ -29,15 +29,25 @@ def make_report(*scores: Score, task: str = "sts", data: str = "same") -> Report
 
 def test_a_report_is_read_as_it_was_written(tmp_path):
     undefined = Score("set", "test", "model", "pearson", float("nan"), float("nan"), float("nan"))
-    report = make_report(similarity_score(1), Score("set", "all", "model", "readiness", 0.3, layer=2), undefined)
+    led = replace(similarity_score(1, "tfidf-words"), lead=Difference(0.1, 0.05, 0.2, 0.001))
+    report = make_report(led, Score("set", "all", "model", "readiness", 0.3, layer=2), undefined)
+    report.notes.append("all is well")
     with open_output(tmp_path / "r.json", overwrite=False, is_own=is_report) as publish:
         publish(report.to_json())
     found = Report.read(tmp_path / "r.json")
     assert np.isnan(found.scores.pop().value)
     report.scores.pop()
     assert found == report
+    assert '"p_value": 0.001' in (tmp_path / "r.json").read_text()
     assert "NaN" not in (tmp_path / "r.json").read_text()
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_report_of_before_is_read(tmp_path):
+    """Without leads, notes, n and the rest."""
+    (tmp_path / "r.json").write_text(json.dumps(REPORT | {"scores": [SCORE], "checks": {}}))
+    found = Report.read(tmp_path / "r.json")
+    assert (found.notes, found.scores[0].lead, found.scores[0].n) == ([], None, None)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -93,6 +103,8 @@ NO_SCORES = [
     SCORE | {"items": {"correct": 1}},
     SCORE | {"items": {"correct": ["1 or so"]}},
     SCORE | {"items": {"correct": []}},
+    SCORE | {"lead": [0.1, 0.0, 0.2, 0.5]},
+    SCORE | {"lead": {"value": 0.1}},
     SCORE | {"items": {"gold": [1, 2], "similarity": [1]}},
     {"dataset": "set"},
     None,
@@ -132,6 +144,16 @@ def test_the_table_is_aligned():
     ]
 
 
+def test_a_baseline_stands_with_the_models_lead_over_it():
+    baseline = replace(similarity_score(1, "tfidf-words"), lead=Difference(-0.125, -0.25, 0.0, 0.04))
+    report = replace(make_report(similarity_score(1), baseline), checks={}, notes=["set: 2 rows are left out"])
+    lines = list(table(report))
+    assert lines[0].endswith("model's lead  95 % interval       p")
+    assert lines[1].endswith("0.4000 to 0.6000")
+    assert lines[2].endswith("0.4000 to 0.6000  -0.1250       -0.2500 to +0.0000  0.0400")
+    assert lines[3] == "set: 2 rows are left out"
+
+
 def test_a_name_of_several_lines_is_one_row_of_the_table():
     header, row, _ = table(make_report(replace(similarity_score(1), dataset="a\nb")))
     assert header.startswith("data  split")
@@ -141,17 +163,30 @@ def test_a_name_of_several_lines_is_one_row_of_the_table():
 def test_differences_are_on_the_same_items():
     baseline = similarity_score(9, "tfidf-words")
     first, second = similarity_score(1), similarity_score(2)
-    rows = compare(make_report(first, baseline), make_report(second, baseline, similarity_score(3, "other")))
+    found = compare(make_report(first, baseline), make_report(second, baseline, similarity_score(3, "other")))
+    rows = found.rows
     assert [(row.known.system, row.difference is not None) for row in rows] == [
         ("model", True),
         ("tfidf-words", False),
-        ("other", False),
     ]
     expected = paired_difference(spearman(*first.items.values()), spearman(*second.items.values()), 50)
     assert rows[0].difference == expected
-    lines = list(comparison.table(rows, ("a", "b")))
+    lines = list(comparison.table(found, ("a", "b")))
     assert f"{expected.value:+.4f}" in lines[1]
-    assert len(lines) == 4
+    assert lines[3:] == ["only in b: set test other"]
+
+
+def test_what_only_one_report_has_is_named():
+    shared, alone = similarity_score(1), replace(similarity_score(2), dataset="CR")
+    first = make_report(shared, alone, replace(alone, system="tfidf-words"))
+    second = make_report(shared, similarity_score(3, "tfidf-words"))
+    first.data["CR"] = "one"
+    lines = list(comparison.table(compare(first, second), ("a", "b")))
+    assert [line.split()[:3] for line in lines[1:2]] == [["set", "test", "model"]]
+    assert lines[2:] == ["only in a: CR", "only in b: set test tfidf-words"]
+    second = replace(make_report(replace(shared, dataset="MR")), data={"MR": "other"})
+    with pytest.raises(ValueError, match=r"must have figures in common, got the data sets set, CR and MR"):
+        compare(first, second)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +218,12 @@ def test_what_cannot_be_compared_is_refused():
 def test_the_picture_has_a_panel_a_metric(tmp_path, suffix):
     layers = [Score("set", "all", "model", "readiness", 1 - layer / 9, layer=layer) for layer in range(3)]
     undefined = Score("set", "test", "model", "pearson", float("nan"))
-    first, second = make_report(similarity_score(1), undefined, *layers), make_report(similarity_score(2), *layers)
+    first, second = (
+        make_report(similarity_score(1), undefined, *layers),
+        make_report(similarity_score(2), undefined, *layers),
+    )
     path = tmp_path / f"picture{suffix}"
-    content = draw(compare(first, second), ("a", "b"), path)
+    content = draw(compare(first, second).rows, ("a", "b"), path)
     path.write_bytes(content)
     assert is_picture(path)
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
@@ -194,7 +232,7 @@ def test_the_picture_has_a_panel_a_metric(tmp_path, suffix):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    rows = compare(make_report(similarity_score(1)), make_report(similarity_score(2)))
+    rows = compare(make_report(similarity_score(1)), make_report(similarity_score(2))).rows
     with pytest.raises(ValueError, match=r"picture\.docx: Format 'docx' is not supported"):
         draw(rows, ("a", "b"), Path(tmp_path / "picture.docx"))
 
