@@ -45,10 +45,11 @@ _CHARACTERS_AT_ONCE = 2**22  # of several texts; of one text more are tokenised 
 
 
 class Tokenized(NamedTuple):
-    """One text: its token ids and the place of the first token that is pooled."""
+    """One text: its token ids, the place of the first token that is pooled, and whether it has more than `ids`."""
 
     ids: list[int]
     pool_start: int
+    cut: bool = False
 
 
 class Rejected(NamedTuple):
@@ -56,6 +57,11 @@ class Rejected(NamedTuple):
 
     reason: str
     ids: list[int] | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether tokens were left out of an embedding: there is none."""
+        return False
 
 
 class TextTokenizer:
@@ -163,10 +169,14 @@ class TextTokenizer:
                 cut = [text[:end] for text, end in zip(whole[part], ends[part], strict=True)]
                 encodings = self._backend.encode_batch(cut)
                 for i, text, end, encoding in zip(good[part], whole[part], ends[part], encodings, strict=True):
-                    if end < len(text) and len(encoding.ids) < self.max_length:
+                    ids = encoding.ids
+                    # what the tokenizer left out is copied to be looked at, so of full texts alone
+                    exceeds = len(ids) == self.max_length and bool(encoding.overflowing)
+                    if end < len(text) and not exceeds:  # what follows may be white space that gives no token
                         again.append(i)
                     else:
-                        results[i] = self._locate(encoding, texts[i], prompts[i], lengths.get(prompts[i], 0))
+                        found = self._locate(encoding, ids, texts[i], prompts[i], lengths.get(prompts[i], 0))
+                        results[i] = found._replace(cut=True) if exceeds and isinstance(found, Tokenized) else found
             good = again
             num_characters *= 4
         return [result for result in results if result is not None]
@@ -186,9 +196,8 @@ class TextTokenizer:
         return len(text)
 
     def _locate(
-        self, encoding: tokenizers.Encoding, text: str, prompt: str, prompt_length: int
+        self, encoding: tokenizers.Encoding, ids: list[int], text: str, prompt: str, prompt_length: int
     ) -> Tokenized | Rejected:
-        ids = encoding.ids
         # where there was no room for a token of its own, a text is not merely empty
         has_room = len(ids) < self.max_length
         around = ids if has_room and not text.strip() else None

@@ -177,13 +177,13 @@ class ShardOutput:
         """Adds a bad row to the shard's record."""
         self._bad_rows.append(row)
 
-    def end_shard(self, num_tokens: int) -> None:
+    def end_shard(self, num_tokens: int, num_cut: int) -> None:
         """Makes the shard done: its file synced, its record in place, then the file under its name."""
         assert self._file is not None
         with naming(self._folder):
             self._file.finish()
             digest = manifest.file_digest(self._file.temporary)
-            record = Record(self._num_written, num_tokens, self._bad_rows, *digest)
+            record = Record(self._num_written, num_cut, num_tokens, self._bad_rows, *digest)
             manifest.write_record(self._folder, self._number, record)
             self._file.publish(manifest.part_path(self._folder, self._number))
         self._file = None

@@ -38,6 +38,7 @@ class Summary:
     num_read: int = 0
     num_written: int = 0
     num_failed: int = 0
+    num_cut: int = 0  # of those written: they have more tokens than max_length
     num_tokens: int = 0
     num_shards_before: int = 0  # that were done when this run began
     num_shards_left: int = 0  # that other runs have to do, with `shard`
@@ -49,16 +50,18 @@ class Summary:
         self.num_read += done.num_written + len(done.bad_rows)
         self.num_written += done.num_written
         self.num_failed += len(done.bad_rows)
+        self.num_cut += done.num_cut
         self.num_tokens += done.num_tokens
         self.unreadable += [row for row in done.bad_rows if row.more_lost]
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         rates = f"{self.num_written / seconds:,.0f} texts/s, {self.num_tokens / seconds:,.0f} tokens/s"
+        cut = f" ({self.num_cut:,} cut at --max-length)" if self.num_cut else ""
         before = f"; shards done before: {self.num_shards_before:,}" if self.num_shards_before else ""
         left = f"; shards of other shares not done yet: {self.num_shards_left:,}" if self.num_shards_left else ""
         return (
-            f"read {self.num_read:,} = written {self.num_written:,} + failed {self.num_failed:,} "
+            f"read {self.num_read:,} = written {self.num_written:,}{cut} + failed {self.num_failed:,} "
             f"in {self.seconds:,.1f} s ({rates}): {self.output}{before}{left}"
         )
 

@@ -23,7 +23,7 @@ from ..texts.rows import BadRow, Start
 from .readers import Shard
 from .writers import error_lines, errors_path, is_own_errors
 
-_FORMAT = 2
+_FORMAT = 3
 MANIFEST = "_manifest.json"
 SHARDS = "_shards"
 
@@ -139,9 +139,10 @@ def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one shard: `num_written + len(bad_rows)` rows were read."""
+    """What became of one shard: `num_written + len(bad_rows)` rows were read, `num_cut` of those written were cut."""
 
     num_written: int
+    num_cut: int
     num_tokens: int
     bad_rows: list[BadRow]
     num_bytes: int
@@ -189,6 +190,7 @@ def read_record(folder: Path, number: int, num_rows: int) -> Record | None:
         values = json.loads(record_path(folder, number).read_bytes())
         record = Record(**(values | {"bad_rows": [BadRow(*row) for row in values["bad_rows"]]}))
         counted = record.num_written + len(record.bad_rows) == num_rows
+        counted &= record.num_cut in range(record.num_written + 1)
         return record if counted and part_path(folder, number).stat().st_size == record.num_bytes else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None

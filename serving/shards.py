@@ -58,14 +58,15 @@ class Output(Protocol):
 
     def fail(self, row: BadRow) -> None: ...
 
-    def end_shard(self, num_tokens: int) -> None: ...
+    def end_shard(self, num_tokens: int, num_cut: int) -> None: ...
 
 
 class Done(NamedTuple):
-    """What became of a shard."""
+    """What became of a shard; `num_cut` of the rows written had more tokens than `max_length`."""
 
     number: int
     num_written: int
+    num_cut: int
     num_tokens: int
     bad_rows: list[BadRow]
 
@@ -112,6 +113,7 @@ class _Vectors(NamedTuple):
     window: _Window
     vectors: np.ndarray  # one a good row
     reasons: list[str | None]
+    num_cut: int
     num_tokens: int
 
 
@@ -212,6 +214,7 @@ def _compute(
         if window.is_first:
             different: list[np.ndarray] = []  # of the shard's different texts, a window's each
             reasons: list[str | None] = []
+            cut: list[bool] = []
         found, failures, num_tokens = encoder.encode_tokenized(
             window.tokenized,
             normalize_embeddings=rows.normalize,
@@ -223,9 +226,11 @@ def _compute(
         reasons += [
             reason or (None if ok else "its vector is not finite") for reason, ok in zip(failures, finite, strict=True)
         ]
+        cut += [text.cut for text in window.tokenized]
         different.append(found)
         vectors = _gather(different, np.array(window.sources, dtype=np.int64))
-        yield _Vectors(window, vectors, [reasons[source] for source in window.sources], num_tokens)
+        num_cut = sum(cut[source] and reasons[source] is None for source in window.sources)
+        yield _Vectors(window, vectors, [reasons[source] for source in window.sources], num_cut, num_tokens)
 
 
 def _gather(parts: list[np.ndarray], places: np.ndarray) -> np.ndarray:
@@ -248,7 +253,7 @@ class _Writer:
         window = computed.window
         if window.is_first:
             self._output.begin_shard(window.shard)
-            self._num_written = self._num_tokens = 0
+            self._num_written = self._num_cut = self._num_tokens = 0
             self._bad_rows: list[BadRow] = []
         reasons = iter(computed.reasons)
         for row in window.rows:
@@ -266,10 +271,11 @@ class _Writer:
         vectors = computed.vectors if kept.all() else computed.vectors[kept]
         self._output.write([identifier for identifier, keep in zip(good, kept, strict=True) if keep], vectors)
         self._num_written += len(vectors)
+        self._num_cut += computed.num_cut
         self._num_tokens += computed.num_tokens
         if window.is_last:
-            self._output.end_shard(self._num_tokens)
-            self._on_done(Done(window.shard, self._num_written, self._num_tokens, self._bad_rows))
+            self._output.end_shard(self._num_tokens, self._num_cut)
+            self._on_done(Done(window.shard, self._num_written, self._num_cut, self._num_tokens, self._bad_rows))
 
 
 class FileShards:
@@ -282,5 +288,5 @@ class FileShards:
     def begin_shard(self, number: int) -> None:
         """Nothing begins: the file goes on."""
 
-    def end_shard(self, num_tokens: int) -> None:
+    def end_shard(self, num_tokens: int, num_cut: int) -> None:
         """Nothing ends before the job does."""

@@ -96,7 +96,7 @@ def mask_tokens(
     ids = corrupted.tolist()
     return MaskedTokens(
         [
-            Tokenized(ids[start : start + length], sequence.pool_start)
+            sequence._replace(ids=ids[start : start + length])
             for sequence, start, length in zip(sequences, starts.tolist(), lengths.tolist(), strict=True)
         ],
         torch.from_numpy(places - 1),

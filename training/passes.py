@@ -77,9 +77,14 @@ class Passes:
     def slab(self, sequences: Sequence[Tokenized], places: list[int], step: int, identities: np.ndarray) -> Slab:
         """The sequences at these places in one slab, however many tokens they have."""
         device = self.trainee.device
-        ids, starts = zip(*(sequences[place] for place in places), strict=True)
+        chosen = [sequences[place] for place in places]
         seeds = sequence_seeds(self.seed, step, identities[places])
-        return Slab(places, PackedBatch.from_sequences(ids, starts, device), on_device(seeds, device), int(seeds[0]))
+        return Slab(
+            places,
+            PackedBatch.from_sequences([text.ids for text in chosen], [text.pool_start for text in chosen], device),
+            on_device(seeds, device),
+            int(seeds[0]),
+        )
 
     def hidden_states(self, slab: Slab, mask: MaskNow, *, dropout: bool = True) -> torch.Tensor:
         """Last hidden states `(T, E)` of a slab before the final norm, in the compute dtype."""

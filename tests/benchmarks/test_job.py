@@ -27,16 +27,16 @@ def test_quick_run(capsys, monkeypatch, tmp_path):
 
 
 def test_costs(monkeypatch):
-    monkeypatch.setattr(ShardOutput, "end_shard", lambda self, num_tokens: time.sleep(0.05))
+    monkeypatch.setattr(ShardOutput, "end_shard", lambda self, num_tokens, num_cut: time.sleep(0.05))
     monkeypatch.setattr(Runner, "__call__", lambda self, batch, windows: batch.num_tokens)
     runner, batch = object.__new__(Runner), type("Batch", (), {"num_tokens": 530})()
     runner.device, runner.tiles = torch.device("cpu"), (16, 64, 512)
     costs = job.Costs()
     with costs.counted():
-        object.__new__(ShardOutput).end_shard(1)
+        object.__new__(ShardOutput).end_shard(1, 0)
         assert runner(batch, None) == 530
     seconds = costs.durable_seconds
     assert seconds >= 0.05
     assert (costs.num_tokens, costs.num_rows) == (530, 512 + 2 * 16)
-    object.__new__(ShardOutput).end_shard(1)
+    object.__new__(ShardOutput).end_shard(1, 0)
     assert costs.durable_seconds == seconds

@@ -114,6 +114,31 @@ def test_a_prefix_with_too_few_tokens_is_made_longer(byte_level, monkeypatch):
     check(byte_level, "x" * 50 + " y" * 500, "", 60)
 
 
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(real_looking, st.sampled_from(["", "find this: "]), st.integers(8, 30))
+def test_a_text_is_cut_where_it_has_more_tokens(byte_level, text, prompt, max_length):
+    (found,) = TextTokenizer(byte_level, max_length)([text], [prompt])
+    (whole,) = TextTokenizer(byte_level, 10_000)([text], [prompt])
+    if not isinstance(found, Rejected):
+        assert found.cut == (len(whole.ids) > max_length)
+        assert found.ids == whole.ids[:max_length]
+
+
+@pytest.mark.parametrize(
+    ("num_words", "tail", "cut"), [(20, "", False), (21, "", True), (20, " ", False), (100, "", True)]
+)
+@pytest.mark.parametrize("prefix", [8, 2])
+def test_what_gives_no_token_behind_the_last_is_not_cut(monkeypatch, prefix, num_words, tail, cut):
+    """Also where a text is cut before it is tokenised, and its prefix is full."""
+    monkeypatch.setattr(tokens, "_PREFIX_CHARACTERS", prefix)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = TextTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend), 20)
+    assert tokenizer._cuts_before_spaces
+    (found,) = tokenizer([" ".join("a" * num_words) + 500 * tail], [""])
+    assert (len(found.ids), found.cut) == (20, cut)
+
+
 def test_a_vocabulary_with_a_space_inside_a_token_is_not_cut():
     vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", " "), ("a ", "b")]))

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,15 @@ def vector_of(text: str) -> np.ndarray:
     return np.maximum(np.frombuffer(digest, dtype=np.int8), -127).astype(np.float32)
 
 
+class Text(NamedTuple):
+    prompt: str
+    text: str
+    cut: bool
+
+
 class StubEncoder:
-    """What a job uses of `Encoder`. "<nan>" in a text makes its vector not finite, "<none>" leaves it none."""
+    """What a job uses of `Encoder`. "<nan>" in a text makes its vector not finite, "<none>" leaves it none; a text with
+    "<long>" is cut."""
 
     def __init__(self):
         self.prompts = {"search": "find: "}
@@ -40,11 +48,11 @@ class StubEncoder:
         return {"base": "stub", "libraries": {"stub": "1"}}
 
     def tokenize_rows(self, texts, *, prompt):
-        return [(prompt, text) for text in texts]
+        return [Text(prompt, text, "<long>" in text) for text in texts]
 
     def encode_tokenized(self, tokenized, *, normalize_embeddings, truncate_dim, precision, progress):
-        texts = [text for _, text in tokenized]
-        prompt = tokenized[0][0] if tokenized else ""
+        texts = [text.text for text in tokenized]
+        prompt = tokenized[0].prompt if tokenized else ""
         self.calls.append({"texts": texts, "prompt": prompt, "normalize": normalize_embeddings})
         if len(self.calls) == int(os.environ.get("PAUSE_AT", 0)):
             print("paused", flush=True)

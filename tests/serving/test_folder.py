@@ -108,7 +108,7 @@ def test_a_manifest_that_is_laid_out_otherwise_is_the_same(embed, tmp_path):
 def test_a_manifest_of_another_format_is_refused(embed, tmp_path):
     embed()
     edit(tmp_path, format=1)
-    with pytest.raises(ValueError, match="has format 1, this version of bivec reads 2"):
+    with pytest.raises(ValueError, match="has format 1, this version of bivec reads 3"):
         embed(resume=True)
 
 

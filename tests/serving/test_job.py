@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivec.serving import shards
+from bivec.serving import job, shards
 from bivec.serving.job import run
 from bivec.serving.settings import EmbedSettings
 from bivec.texts.rows import RowError
@@ -58,6 +58,21 @@ def test_long_texts_end_a_window_early(embed, stub, texts, monkeypatch):
     encoder = stub.StubEncoder()
     embed(texts, encoder=encoder)
     assert {len(call["texts"]) for call in encoder.calls[:-1]} == {2, 3}
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_texts_that_are_cut_are_counted_wherever_they_stand(embed, tmp_path, monkeypatch, name):
+    """Also one that stands there twice, in another window or shard; one that has no vector is failed, not cut."""
+    monkeypatch.setattr(shards, "_WINDOW_ROWS", 3)
+    monkeypatch.setattr(job, "ROWS_PER_SHARD", 7)
+    lines = ["<long> a", "short", "<long> a", "<long> b", "<long> <none>", "<long> a", "x", "<long> <nan>", "<long> b"]
+    (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines))
+    summary = embed(tmp_path / "in.txt", output=str(tmp_path / name), on_error="skip")
+    assert (summary.num_written, summary.num_failed, summary.num_cut) == (7, 2, 5)
+    assert str(summary).startswith("read 9 = written 7 (5 cut at --max-length) + failed 2 in ")
+    if name == "out":
+        records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "_shards").glob("*.json"))]
+        assert [record["num_cut"] for record in records] == [4, 1]
 
 
 def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_path):

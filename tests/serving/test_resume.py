@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 LINES = [f"text {n % 23}" for n in range(40)]
 LINES[7] = "<none>"
 LINES[31] = "<nan>"
+CUT_SHARDS = list(enumerate((12, 12, 12, 4)))
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +156,18 @@ def test_work_that_is_done_is_not_done_again(embed, stub, settings, uninterrupte
     assert "shards done before: 2" in str(summary)
     assert {text for call in encoder.calls for text in call["texts"]} <= set(LINES[12:36])
     assert contents(settings) == uninterrupted
+
+
+def test_shards_add_up_to_the_texts_that_are_cut(embed, settings):
+    """Each on record, whoever has done it; a resumed job counts what it does itself."""
+    Path(settings.inputs[1]).write_text("".join(f"{line} <long>\n" for line in LINES[17:]))
+    settings = replace(settings, resume=True)
+    embed(replace(settings, shard="0/2", resume=False))
+    (Path(settings.output) / "part-00002.parquet").unlink()
+    resumed = embed(settings)
+    records = [manifest.read_record(Path(settings.output), number, num_rows) for number, num_rows in CUT_SHARDS]
+    assert [record.num_cut for record in records] == [0, 7, 11, 4]
+    assert resumed.num_cut == 22
 
 
 def test_a_shard_that_is_not_on_record_is_removed_before_work_begins(embed, settings, monkeypatch):

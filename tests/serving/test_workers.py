@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 def test_two_workers_and_one_that_is_killed(start, texts, tmp_path):
     """What one worker wrote, two did alike, and after the death of one of them a resumed job."""
-    texts.write_text(texts.read_text().replace("text 33\n", "text 33 <die once>\n"))
+    texts.write_text(texts.read_text().replace("text 33\n", "text 33 <die once>\n").replace("0\n", "0 <long>\n"))
     environment = {"DIED": str(tmp_path / "died")}
     process = start(texts, "--output", tmp_path / "out", "--workers", 2, pause_at=0, **environment)
     _, err = process.communicate(timeout=60)
@@ -27,8 +27,9 @@ def test_two_workers_and_one_that_is_killed(start, texts, tmp_path):
     assert err.count("\n") == 1
     for name, options in {"out": ["--resume", "--workers", 2], "two": ["--workers", 2], "one": []}.items():
         process = start(texts, "--output", tmp_path / name, *options, pause_at=0, **environment)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
+        assert "written 50 (5 cut at --max-length) + failed 0" in out or name == "out"
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "two"))
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "out"))
     assert pq.read_table(tmp_path / "one").num_rows == 50

@@ -27,7 +27,8 @@ def ids_of(tokenizer, text, prompt="", max_length=16) -> Tokenized:
     encoded = tokenizer.hugging_face(prompt + text, truncation=True, max_length=max_length, return_offsets_mapping=True)
     border = len(prompt.removesuffix(" "))
     start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > border) if prompt else 0
-    return Tokenized(encoded["input_ids"], start)
+    whole = tokenizer.hugging_face(prompt + text)["input_ids"]
+    return Tokenized(encoded["input_ids"], start, len(whole) > max_length)
 
 
 def test_texts_of_several_files_in_order_cut_at_max_length(tokenizer, write, tmp_path):
