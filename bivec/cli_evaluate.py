@@ -22,7 +22,7 @@ from .cli_shared import (
 
 evaluation = typer.Typer(
     name="evaluate",
-    help="Measure a model on plain files: similarity, classification, generation, anisotropy.",
+    help="Measure a model on plain files: similarity, classification, tags of words, generation, anisotropy.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -35,6 +35,24 @@ ReportFile = Annotated[str | None, typer.Option(help="JSON file for the result, 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an evaluation that was interrupted.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many shuffles or draws, where the task has some.")]
+
+ProbedLayers = Annotated[
+    Literal["last", "all"], typer.Option(help="Which layers are read; last has the embeddings beside it.")
+]
+ReadOutChoice = Annotated[
+    Literal["token", "previous", "both", "all"] | None,
+    typer.Option(
+        help="Where a word is read: its tokens, those before, both. Default: all three; the model's own for "
+        "--protocol llm2vec."
+    ),
+]
+SubTokensChoice = Annotated[
+    Literal["mean", "first", "last"], typer.Option(help="Which of a word's tokens its state is of.")
+]
+OnErrorChoice = Annotated[
+    Literal["fail", "skip"],
+    typer.Option(help="Whether a malformed part of the data is left out, and counted."),
+]
 
 
 @evaluation.command("sts")
@@ -124,6 +142,70 @@ def evaluate_unlabelled(
         resume=resume,
         seeds=seeds,
         num_texts=num_texts,
+    )
+
+
+@evaluation.command("chunking")
+@evaluation.command("pos")
+@evaluation.command("ner")
+def evaluate_tagging(
+    context: typer.Context,
+    data: Data,
+    model: Model = str(DEFAULT_MODEL),
+    adapter: Adapters = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    seeds: Seeds = 3,
+    split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
+    layers: ProbedLayers = "last",
+    read_out: ReadOutChoice = None,
+    sub_tokens: SubTokensChoice = "mean",
+    protocol: Annotated[
+        Literal["bivec", "llm2vec"],
+        typer.Option(help="How the probe is trained; llm2vec: as published, with its faults, and one seed."),
+    ] = "bivec",
+    on_error: OnErrorChoice = "fail",
+) -> None:
+    """Tag words by a linear probe on frozen states: token accuracy, and F1 of whole spans.
+
+    A word's state is read at its own tokens, at the ones before (where a model trained with mntp puts it), or at both.
+    Beside the model stand each word's most frequent tag, probes trained on shuffled labels, and layer 0, which knows
+    a word but not its sentence: a model must beat them to know anything of the context.
+
+    Files of sentences, split as NAME-train, -dev, -test (also valid, testa, testb; .gz), a word a line:
+
+    chunking: word POS chunk (CoNLL-2000, CoNLL-2003), or word chunk.
+    pos: these, .conllu, or word POS.
+    ner: word POS chunk entity (CoNLL-2003), word POS entity, or word entity (WNUT-17).
+
+    Example: bivec evaluate chunking --model runs/mntp --data conll2000 --output mntp.json
+    """
+    _evaluate(
+        task=context.info_name,
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        seeds=seeds,
+        split=split,
+        layers=layers,
+        read_out=read_out,
+        sub_tokens=sub_tokens,
+        protocol=protocol,
+        on_error=on_error,
     )
 
 

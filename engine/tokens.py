@@ -149,6 +149,22 @@ class TextTokenizer:
             for encoding in self._backend.encode_batch(list(part)):
                 yield encoding.ids, encoding.offsets
 
+    def of_words(self, sentences: Sequence[Sequence[str]]) -> Iterator[tuple[list[int], list[int | None]]]:
+        """Each sentence's tokens, every word tokenised by itself, and the place of the word that each is of.
+
+        It is what `is_split_into_words` gives in transformers; special tokens are of no word.
+
+        Raises:
+            ValueError: a word cannot be tokenised, with its place and the reason.
+        """
+        for start in range(0, len(sentences), _TEXTS_AT_ONCE):
+            part = [list(words) for words in sentences[start : start + _TEXTS_AT_ONCE]]
+            for place, words in enumerate(part, start=start):
+                if rejected := next(filter(None, (_reject(word, "") for word in words)), None):
+                    raise ValueError(f"sentences[{place}] cannot be tokenised: {rejected.reason}")
+            for encoding in self._backend.encode_batch(part, is_pretokenized=True):
+                yield encoding.ids, encoding.word_ids
+
     def _tokenize(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Tokenized | Rejected]:
         results: list[Tokenized | Rejected | None] = [_reject(text, p) for text, p in zip(texts, prompts, strict=True)]
         good = [i for i, result in enumerate(results) if result is None]

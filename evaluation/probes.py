@@ -36,7 +36,8 @@ class ProbeSettings:
         batch_size: rows a step; groups, where groups are given.
         epochs: over which the learning rate falls to zero.
         last_step: training ends there, if that is earlier, with the learning rate that it has then.
-        dropout: of the inputs.
+        max_grad_norm: to which a probe's longer gradients are scaled down.
+        dropout: of the inputs, which are then not standardised.
         drops_at_test: the same when predictions are made (as LLM2Vec's published code does, by mistake).
         standardize: whether inputs are standardised.
         keeps_best: whether the best epoch on the development rows is kept; else the last.
@@ -49,11 +50,16 @@ class ProbeSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     last_step: int | None = None
+    max_grad_norm: float | None = None
     dropout: float = 0.0
     drops_at_test: bool = False
     standardize: bool = True
     keeps_best: bool = True
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.dropout and self.standardize:
+            raise ValueError("dropout is of inputs that are not standardised")
 
 
 class Problem(NamedTuple):
@@ -101,6 +107,14 @@ class Probes(nn.Module):
             values = torch.baddbmm(bias, F.relu(values), weight)
         return values
 
+    def clip_gradients(self, max_norm: float) -> None:
+        """Scale down the gradients of each probe whose norm over all its parameters is greater."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        for gradient in gradients:
+            gradient.mul_(scale[:, None, None])
+
 
 def train_and_predict(
     states: torch.Tensor, problem: Problem, settings: ProbeSettings, seed: int, *, progress: str = ""
@@ -133,12 +147,13 @@ def train_and_predict(
 
     def losses(rows: torch.Tensor, role: int, drops: bool) -> torch.Tensor:
         """`(2, P)`: each probe's loss summed over its rows of a role, and how many they are."""
-        found, its_targets, counts = outputs(rows, drops), targets[:, rows], (roles[:, rows] == role).float()
+        found, is_counted = outputs(rows, drops), roles[:, rows] == role
+        its_targets = targets[:, rows].where(is_counted, 0)  # no others are looked at
         if problem.num_classes:
             each = F.cross_entropy(found.flatten(0, 1), its_targets.flatten(), reduction="none").view_as(its_targets)
         else:
             each = (found.squeeze(-1) - its_targets) ** 2
-        return torch.stack([(each * counts).sum(dim=1), counts.sum(dim=1)])
+        return torch.stack([each.where(is_counted, 0).sum(dim=1), is_counted.sum(dim=1).float()])
 
     batches = _Batches((roles == TRAIN).any(dim=0), problem.groups, settings.batch_size)
     horizon = settings.epochs * len(batches)
@@ -154,6 +169,8 @@ def train_and_predict(
                 total, count = losses(rows, TRAIN, drops=True)
                 optimizer.zero_grad(set_to_none=True)
                 (total / count.clamp(min=1)).sum().backward()  # a sum over probes: none changes another's gradient
+                if settings.max_grad_norm is not None:
+                    probes.clip_gradients(settings.max_grad_norm)
                 optimizer.step()
                 schedule.step()
                 num_steps += 1
@@ -239,7 +256,7 @@ def _targets(problem: Problem) -> tuple[torch.Tensor, Callable[[torch.Tensor], t
         return problem.targets, lambda outputs: outputs.argmax(dim=-1)
     is_train = problem.roles == TRAIN
     count = is_train.sum(dim=1, keepdim=True)
-    mean = (problem.targets * is_train).sum(dim=1, keepdim=True) / count
-    deviation = (((problem.targets - mean) ** 2 * is_train).sum(dim=1, keepdim=True) / count).sqrt()
+    mean = problem.targets.where(is_train, 0).sum(dim=1, keepdim=True) / count
+    deviation = (((problem.targets - mean) ** 2).where(is_train, 0).sum(dim=1, keepdim=True) / count).sqrt()
     deviation = deviation.where(deviation > 0, 1.0)
     return (problem.targets - mean) / deviation, lambda outputs: outputs.squeeze(-1) * deviation + mean

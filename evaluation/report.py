@@ -163,8 +163,11 @@ def statistic_of(metric: str, items: dict[str, list[float]]) -> ItemStatistic | 
         case {"gold": gold, "similarity": similarity}:
             found = correlation(metric, gold, similarity)
         case {"gold": gold, "predicted 0": _}:  # by each seed's probe
-            seeds = [column for name, column in items.items() if name.startswith("predicted ")]
-            found = mean_of([correlation(metric, gold, predicted) for predicted in seeds])
+            columns = [column for name, column in items.items() if name.startswith("predicted ")]
+            found = mean_of([correlation(metric, gold, predicted) for predicted in columns])
+        case {"over 0": _, "under 0": _}:
+            seeds = [name.removeprefix("over ") for name in items if name.startswith("over ")]
+            found = mean_of([ratio(items[f"over {seed}"], items[f"under {seed}"]) for seed in seeds])
         case {"loss": loss, "tokens": tokens}:
             found = perplexity(loss, tokens)
         case {"bits": over, "characters": under} | {"over": over, "under": under}:

@@ -8,11 +8,22 @@ from typing import Literal
 from ..texts.files import is_file
 
 Split = Literal["train", "dev", "test"]
-_SPLIT = re.compile(r"(?:(.*)[-_.])?(train|dev|test)")
+_CALLED = {  # in files' names
+    "train": "train",
+    "dev": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "testa": "dev",  # of CoNLL-2003
+    "test": "test",
+    "testb": "test",
+}
+_SPLIT = re.compile(rf"(?:(.*)[-_.])?({'|'.join(_CALLED)})")
 
 
 def find_splits(folder: Path, extensions: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Files named `NAME-train`, `NAME_dev`, `NAME.test` or by the split alone, as `{name: {split: file}}`, sorted.
+
+    `valid`, `validation` and `testa` are names of `dev`, `testb` is one of `test`.
 
     Args:
         extensions: what may stand behind, the first that fits counts; `""` for nothing.
@@ -27,7 +38,7 @@ def find_splits(folder: Path, extensions: Sequence[str]) -> dict[str, dict[str, 
         extension = next((extension for extension in extensions if path.name.endswith(extension)), None)
         match = None if extension is None else _SPLIT.fullmatch(path.name.removesuffix(extension))
         if match and is_file(path):
-            name, split = match.group(1) or folder.resolve().name, match.group(2)
+            name, split = match.group(1) or folder.resolve().name, _CALLED[match.group(2)]
             other = found.setdefault(name, {}).setdefault(split, path)
             if other is not path:
                 raise ValueError(f"{other} and {path} are both the {split} split of {name}")

@@ -65,10 +65,11 @@ class WordStates:
     Attributes:
         layers: those that were kept.
         is_read: bool `(N,)`, false for words that have no token.
+        has_previous: bool `(N,)`, whether a token stands before the word's first.
     """
 
-    def __init__(self, layers: tuple[int, ...], is_read: np.ndarray, states: torch.Tensor):
-        self.layers, self.is_read = layers, is_read
+    def __init__(self, layers: tuple[int, ...], is_read: np.ndarray, has_previous: np.ndarray, states: torch.Tensor):
+        self.layers, self.is_read, self.has_previous = layers, is_read, has_previous
         self._states = states  # (L, N, 2, E): at the token, at the position before
 
     def __len__(self) -> int:
@@ -96,12 +97,43 @@ def word_states(
     Raises:
         ValueError: a text cannot be tokenised, with its place and the reason.
     """
-    tokenized, token_spans = _locate(encoder, words, sub_tokens)
-    counts = [len(spans) for spans in words.spans]
+    return _states(encoder, *_locate(encoder, words, sub_tokens), layers, progress)
+
+
+def split_word_states(
+    encoder: Encoder, sentences: Sequence[Sequence[str]], layers: Sequence[int], max_length: int, *, progress: str = ""
+) -> WordStates:
+    """As `word_states`, of sentences whose words are tokenised one by one (`is_split_into_words` in transformers).
+
+    Args:
+        max_length: in tokens.
+    """
+    tokenizer = TextTokenizer(encoder.tokenizer, max_length)
+    tokenized: list[Tokenized] = []
+    spans: list[list[Span | None]] = []
+    for (ids, owners), words in zip(tokenizer.of_words(sentences), sentences, strict=True):
+        tokenized.append(Tokenized(ids, 0))
+        spans.append([None] * len(words))
+        for place, owner in enumerate(owners):
+            if owner is not None:
+                before = spans[-1][owner]
+                spans[-1][owner] = (place if before is None else before[0], place + 1)
+    return _states(encoder, tokenized, spans, layers, progress)
+
+
+def _states(
+    encoder: Encoder,
+    tokenized: Sequence[Tokenized],
+    token_spans: Sequence[Sequence[Span | None]],
+    layers: Sequence[int],
+    progress: str,
+) -> WordStates:
+    counts = [len(spans) for spans in token_spans]
     bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     size = encoder.config.hidden_size
     states = room((len(layers), int(bounds[-1]), 2, size), encoder.dtype)
     is_read = np.array([span is not None for spans in token_spans for span in spans], dtype=bool)
+    has_previous = np.array([span is not None and span[0] > 0 for spans in token_spans for span in spans], dtype=bool)
     rows = [row for row, text in enumerate(tokenized) if text.ids and any(token_spans[row])]
 
     @torch.no_grad()  # of the thread that runs it
@@ -120,7 +152,7 @@ def word_states(
     with tqdm(total=len(rows), unit="text", desc=progress, disable=None, leave=False) as bar:
         for num_texts in encoder.slabs.map(run, [tokenized[row] for row in rows]):
             bar.update(num_texts)
-    return WordStates(tuple(layers), is_read, states)
+    return WordStates(tuple(layers), is_read, has_previous, states)
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

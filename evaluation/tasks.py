@@ -12,7 +12,7 @@ from .. import __version__
 from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
-from . import anisotropy, classification, generation, sts
+from . import anisotropy, classification, generation, sts, tagging
 from .baselines import TFIDF, TOKEN_AVERAGE, tfidf, token_averages
 from .report import Report, fingerprint, is_report
 from .splits import Split
@@ -21,7 +21,7 @@ from .summary import summarized
 from .texts import read_texts
 from .units import Scored, Unfinished, Unit
 
-Task = Literal["sts", "classification", "generation", "anisotropy"]
+Task = Literal["sts", "classification", "generation", "anisotropy", "chunking", "pos", "ner"]
 _WITH_MEANS: tuple[Task, ...] = ("sts", "classification")  # whose data sets are of a kind
 WINDOWS = {"bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
 
@@ -41,7 +41,8 @@ class EvaluateSettings:
         num_texts: how many texts generation and anisotropy draw.
         resume: go on with an evaluation into `output` that was interrupted; with `overwrite`, unless it was another.
         layers: of tasks on words: `last` with the embeddings beside it, or `all`.
-        read_out: of these: `token`, `previous`, `both`, or `all` three.
+        read_out: of these: `token`, `previous`, `both`, or `all` three; None is all, but what the model was trained
+            for where the protocol is `llm2vec`.
         sub_tokens: of these: which of a word's tokens its vector is made of.
         protocol: of tasks with probes: `bivec`'s, or the published one, `llm2vec` or `feng2025`.
         on_error: whether a bad row of the data ends the evaluation or is left out, and counted.
@@ -65,14 +66,14 @@ class EvaluateSettings:
     num_texts: int = 500
     resume: bool = False
     layers: Layers = "last"
-    read_out: Literal["token", "previous", "both", "all"] = "all"
+    read_out: Literal["token", "previous", "both", "all"] | None = None
     sub_tokens: SubTokens = "mean"
     protocol: Literal["bivec", "llm2vec", "feng2025"] = "bivec"
     on_error: Literal["fail", "skip"] = "fail"
 
     @property
     def read_outs(self) -> tuple[ReadOut, ...]:
-        return READ_OUTS if self.read_out == "all" else (self.read_out,)
+        return READ_OUTS if self.read_out is None or self.read_out == "all" else (self.read_out,)
 
     def shaping_the_figures(self) -> dict[str, Any]:
         """What figures depend on beside model and data."""
@@ -206,11 +207,30 @@ def _anisotropy(settings: EvaluateSettings) -> list[Unit]:
     return [Unit(held_out.name, fingerprint(held_out.texts), score)]
 
 
+def _tagging(kind: tagging.Tags, settings: EvaluateSettings) -> list[Unit]:
+    if settings.protocol == "feng2025":
+        raise ValueError(f"protocol of {kind} must be bivec or llm2vec, got feng2025")
+    if settings.protocol == "llm2vec" and settings.sub_tokens != "mean":
+        raise ValueError(f"sub_tokens of protocol llm2vec must be mean, got {settings.sub_tokens}")
+    read_outs = None if settings.read_out is None else settings.read_outs
+    chosen = tagging.TaggingSettings(
+        settings.protocol, settings.layers, read_outs, settings.sub_tokens, range(settings.seeds)
+    )
+    tasks = tagging.read_tasks(Path(settings.data), kind, settings.split, settings.on_error)
+    return [
+        Unit(task.name, fingerprint(task.words, task.tags, task.roles), partial(tagging.score, task, chosen))
+        for task in tasks
+    ]
+
+
 _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "sts": _sts,
     "classification": _classification,
     "generation": _generation,
     "anisotropy": _anisotropy,
+    "chunking": partial(_tagging, "chunking"),
+    "pos": partial(_tagging, "pos"),
+    "ner": partial(_tagging, "ner"),
 }
 
 
