@@ -22,7 +22,7 @@ from .cli_shared import (
 
 evaluation = typer.Typer(
     name="evaluate",
-    help="Measure a model on plain files: similarity, classification, tags of words, generation, anisotropy.",
+    help="Measure a model on plain files: similarity, classification, words and their tags, generation, anisotropy.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -205,6 +205,57 @@ def evaluate_tagging(
         read_out=read_out,
         sub_tokens=sub_tokens,
         protocol=protocol,
+        on_error=on_error,
+    )
+
+
+@evaluation.command("words")
+def evaluate_words(
+    data: Data,
+    model: Model = str(DEFAULT_MODEL),
+    adapter: Adapters = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    layers: ProbedLayers = "last",
+    read_out: Annotated[
+        Literal["token", "previous", "both", "all"],
+        typer.Option(help="Read a word at its tokens, at the positions before them, or at both."),
+    ] = "all",
+    sub_tokens: SubTokensChoice = "mean",
+    on_error: OnErrorChoice = "fail",
+) -> None:
+    """Correlate cosines of words' vectors with people's scores.
+
+    Each .txt, .tsv and .csv in the folder (.gz too) is a data set: two words and a score a row, as SimLex-999 and
+    WordSim-353; or SCWS's ratings.txt, where each word is read in its context and beside it alone.
+
+    Masked next-token prediction puts what it knows of a word at the position before it: --read-out compares the two.
+    Beside the model stand its token embeddings without a layer, and TF-IDF of characters, which knows spelling alone.
+
+    Example: bivec evaluate words --model runs/mntp --data word-sim --layers all --output words.json
+    """
+    _evaluate(
+        task="words",
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        layers=layers,
+        read_out=read_out,
+        sub_tokens=sub_tokens,
         on_error=on_error,
     )
 

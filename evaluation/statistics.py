@@ -17,7 +17,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # weights (B, n) -> values (B,),
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_CHUNK_ELEMENTS = 2**21  # of weights that are in memory together
+_CHUNK_ELEMENTS = 2**17  # of weights that are worked on together: what a core's cache holds
 
 
 class Estimate(NamedTuple):
@@ -56,9 +56,10 @@ def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.n
         size = weights.sum(axis=1)
         middle = (size[:, None] + 1) / 2  # the mean rank of any resample
         x, y = (rank(weights) - middle for rank in ranks)
+        weighted_x, weighted_y = weights * x, weights * y
         zero = np.zeros(len(weights))
-        second_moments = (np.einsum("bn,bn,bn->b", weights, *pair) / size for pair in ((x, x), (y, y), (x, y)))
-        return _correlation(zero, zero, *second_moments)
+        products = (weighted_x, x), (weighted_y, y), (weighted_x, y)
+        return _correlation(zero, zero, *(np.einsum("bn,bn->b", *pair) / size for pair in products))
 
     return statistic
 
@@ -102,7 +103,7 @@ def clustered(statistic: Statistic, clusters: Sequence[float] | np.ndarray) -> t
         a function of weights `(B, K)` of the K clusters, whose items are all in a resample or none; and K.
     """
     names, owner = np.unique(np.asarray(clusters), return_inverse=True)
-    return (lambda weights: statistic(weights[:, owner])), len(names)
+    return (lambda weights: statistic(np.take(weights, owner, axis=1))), len(names)
 
 
 class Bootstrap(NamedTuple):
@@ -120,6 +121,9 @@ class Bootstrap(NamedTuple):
         never below 2 / (B + 1).
         """
         values = self.resampled - other.resampled
+        values = values[~np.isnan(values)]
+        if not values.size:
+            return Difference(np.nan, np.nan, np.nan, np.nan)
         smaller = min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0))
         p_value = min(1.0, 2 * (smaller + 1) / (len(values) + 1))
         return Difference(self.value - other.value, *_interval(values), p_value)
@@ -180,8 +184,10 @@ class _Ranks:
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """`(B, n)`; that of an item that is not in the resample means nothing."""
-        counts = np.add.reduceat(weights[:, self.order], self.starts, axis=1)
-        return (counts.cumsum(axis=1) - (counts - 1) / 2)[:, self.run]
+        counts = np.take(weights, self.order, axis=1)
+        if len(self.starts) < len(self.order):
+            counts = np.add.reduceat(counts, self.starts, axis=1)
+        return np.take(counts.cumsum(axis=1) - (counts - 1) / 2, self.run, axis=1)
 
 
 def _pair(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

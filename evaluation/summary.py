@@ -13,14 +13,19 @@ DATA_SETS = "data sets"  # of a mean's details: each set's name and split
 def summarized(scores: Sequence[Score], *, means: bool) -> list[Score]:
     """The scores, each baseline's with how far the model is ahead of it, and behind them means over the data sets.
 
+    A lead that a score has already stays.
+
     A mean is of one metric and system. Sets count alike, however large they are; `n` is of all together. Its interval
     is from resamples of each set on its own, as is the model's lead in it.
     """
-    drawn = _bootstraps(scores) if means or any(score.system in BASELINES for score in scores) else {}
+    behind = [score for score in scores if score.system in BASELINES and score.lead is None]
+    drawn = _bootstraps(scores) if means or behind else {}
     found = [*scores, *(_means(scores, drawn) if means else [])]
     models = {score.key: score for score in found if score.system == "model"}
 
     def lead(score: Score) -> Difference | None:
+        if score.lead is not None:
+            return score.lead
         model = models.get(replace(score, system="model").key) if score.system in BASELINES else None
         if model is None or score.key not in drawn or model.key not in drawn or not _are_paired(score, model):
             return None

@@ -12,7 +12,7 @@ from .. import __version__
 from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
-from . import anisotropy, classification, generation, sts, tagging
+from . import anisotropy, classification, generation, sts, tagging, word_similarity
 from .baselines import TFIDF, TOKEN_AVERAGE, tfidf, token_averages
 from .report import Report, fingerprint, is_report
 from .splits import Split
@@ -21,7 +21,7 @@ from .summary import summarized
 from .texts import read_texts
 from .units import Scored, Unfinished, Unit
 
-Task = Literal["sts", "classification", "generation", "anisotropy", "chunking", "pos", "ner"]
+Task = Literal["sts", "classification", "generation", "anisotropy", "chunking", "pos", "ner", "words"]
 _WITH_MEANS: tuple[Task, ...] = ("sts", "classification")  # whose data sets are of a kind
 WINDOWS = {"bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
 
@@ -223,6 +223,16 @@ def _tagging(kind: tagging.Tags, settings: EvaluateSettings) -> list[Unit]:
     ]
 
 
+def _words(settings: EvaluateSettings) -> list[Unit]:
+    return word_similarity.units(
+        Path(settings.data),
+        layers=settings.layers,
+        read_outs=settings.read_outs,
+        sub_tokens=settings.sub_tokens,
+        on_error=settings.on_error,
+    )
+
+
 _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "sts": _sts,
     "classification": _classification,
@@ -231,6 +241,7 @@ _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "chunking": partial(_tagging, "chunking"),
     "pos": partial(_tagging, "pos"),
     "ner": partial(_tagging, "ner"),
+    "words": _words,
 }
 
 

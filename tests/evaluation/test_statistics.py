@@ -102,6 +102,8 @@ def test_paired_differences():
     assert found.high - found.low < alone[0].high - alone[0].low
     nothing = paired_difference(spearman(gold, first), spearman(gold, first), 200, resamples=100)
     assert nothing == (0.0, 0.0, 0.0, 1.0)
+    undefined = paired_difference(spearman(gold, np.ones(200)), spearman(gold, first), 200, resamples=100)
+    assert np.isnan(undefined).all()
 
 
 def test_equal_systems_are_seldom_told_apart():
