@@ -1,43 +1,51 @@
 """What each stage adds: a small Llama climbs a ladder of training runs, with several seeds, and every rung is scored.
 
     python -m bivec.benchmarks.ladder recipes/stories260k/ladder.yaml --model stories260K \
-        --data texts=wiki.txt.gz pairs=nli.csv --sts STSB --runs runs --output ladder.json
+        --data texts=wiki.txt.gz pairs=nli.csv --runs runs --seeds 1 2 \
+        --evaluate sts=stsb classification=senteval-cls words=word-sim pos=ud-ewt probing=semantic-probing \
+        --split dev --output ladder.json --report tables.html
 
 The ladder is a YAML mapping of rungs; each has its recipe, the rung whose run it goes on from (without one, the
 model), and the data it learns from, by the name that `--data` gives it; other fields override the recipe's:
 
     simcse: {after: mntp, recipe: simcse.yaml, data: texts}
 
-Scored is the Spearman correlation on the STS benchmark, with a bootstrap interval and the paired difference from the
-untrained model, bidirectional and causal; and with `--classification`, the accuracy of a logistic regression. The last
-lines of `texts` are held out, and runs of the mntp stage report their loss on them before and after. A ladder that was
-interrupted goes on where it stopped; one that is done is only scored.
+Every rung, and the untrained model under both masks, goes through the evaluations of `bivec evaluate` (see
+`ladder_evaluation`). The document has each figure with its interval and its paired differences (see `ladder_scores`),
+the report is what `bivec evaluate report` makes of all results. The last lines of `texts` are held out, and runs of the
+mntp stage report their loss on them before and after.
+
+A ladder that was interrupted goes on where it stopped; of one that is done, only what has changed is scored again.
+Processes with other `--seeds` may climb in the same `--runs` at a time.
 """
 
 import argparse
 import json
 import sys
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import yaml
 
-from ..engine.config import BIDIRECTIONAL, CAUSAL, Window
-from ..engine.encoder import Encoder
-from ..evaluation import classification, sts
-from ..evaluation.splits import Split
-from ..evaluation.statistics import Statistic, estimate, paired_difference, spearman
-from ..evaluation.tasks import fixed_features
+from ..engine.outputs import AtomicFile, open_output
+from ..evaluation import pages, pages_results
+from ..evaluation.report import Report
+from ..evaluation.states import Layers
 from ..training import read_settings, train
 from ..training.output import LOG
+from .ladder_evaluation import read_evaluations, score, seconds_of
+from .ladder_scores import UNTRAINED, Figures, table
+from .ladder_scores import rows as figure_rows
 from .machine import describe_machine
 from .texts import open_text
-from .timing import report
+from .timing import compose, write_document
 
 HELD_OUT = 1000  # texts
-UNTRAINED = {"causal": CAUSAL, "bidirectional": BIDIRECTIONAL}  # rows of every table, by their mask
+
+Reports = dict[
+    str, dict[int | None, dict[str, Path]]
+]  # files, by rung, seed (the untrained model's is None), evaluation
 
 
 class Rung(NamedTuple):
@@ -73,15 +81,45 @@ def read_ladder(path: Path) -> list[Rung]:
     return rungs
 
 
+def chosen(rungs: list[Rung], names: Sequence[str] | None) -> list[Rung]:
+    """The rungs of these names and those that they stand on, in the ladder's order; all where none is named."""
+    if names is None:
+        return rungs
+    wanted = set(names)
+    if unknown := wanted - {rung.name for rung in rungs}:
+        raise ValueError(f"--rungs must be of the ladder's, got {', '.join(sorted(unknown))}")
+    for rung in reversed(rungs):  # each after the one it stands on
+        if rung.name in wanted and rung.after is not None:
+            wanted.add(rung.after)
+    return [rung for rung in rungs if rung.name in wanted]
+
+
+def compared(rungs: list[Rung]) -> dict[str, list[str]]:
+    """Which rungs each one's differences are to, the one that it stands on first."""
+    causal, bidirectional = UNTRAINED
+    found = {causal: [], bidirectional: [causal]}
+    for rung in rungs:
+        siblings = [other.name for other in rungs if other.recipe == rung.recipe and other is not rung]
+        below = [] if rung.after is None else [rung.after]
+        found[rung.name] = list(dict.fromkeys([*below, bidirectional, causal, *siblings]))
+    return found
+
+
 def split_texts(path: Path, folder: Path) -> tuple[Path, Path]:
     """Training and held-out texts as files: the last `HELD_OUT` lines that are not blank are held out."""
     training, held_out = folder / "training.txt", folder / "held-out.txt"
-    if not held_out.is_file():
-        with open_text(path) as file:
-            lines = [line for line in file if line.strip()]
-        folder.mkdir(parents=True, exist_ok=True)
-        training.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
-        held_out.write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = AtomicFile(folder / ".held-out.txt.partial", wait=True)
+    try:
+        if not held_out.is_file():
+            with open_text(path) as file:
+                lines = [line for line in file if line.strip()]
+            training.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
+            lock.handle.write("".join(lines[-HELD_OUT:]).encode())
+            lock.finish()
+            lock.publish(held_out)
+    finally:
+        lock.abort()
     return training, held_out
 
 
@@ -99,8 +137,6 @@ def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
     if "texts" in files:
         files["texts"], held_out = split_texts(files["texts"], arguments.runs)
     for rung in rungs:
-        if rung.data not in files:
-            raise ValueError(f"{rung.name} learns from {rung.data}: give --data {rung.data}=FILE")
         output = arguments.runs / f"seed-{seed}" / rung.name
         model = arguments.model if rung.after is None else output.parent / rung.after
         given = ["--recipe", rung.recipe, "--model", model, "--output", output, "--seed", seed]
@@ -114,37 +150,6 @@ def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
         print(train(settings), file=sys.stderr, flush=True)
 
 
-class Scorer:
-    """Scores an encoder on one split of the tasks that were named."""
-
-    def __init__(self, sts_folder: Path, classification_folder: Path | None, split: Split):
-        (self._pairs,) = sts.read_tasks(sts_folder, split)
-        labelled = classification_folder and classification.read_tasks(classification_folder, split)
-        self._labelled = labelled or []
-        self._split = split
-        self._untrained: dict[str, Statistic] = {}
-
-    def __call__(self, name: str, model: Path, window: Window | None = None) -> dict[str, Any]:
-        """The row of one model; those of `UNTRAINED` must come before all others."""
-        encoder = Encoder.from_pretrained(model, dtype="float32", device="cpu", window=window)
-        pairs = self._pairs.pairs
-        vectors = encoder.encode([*pairs.first, *pairs.second])
-        first, second = vectors[: len(pairs.first)], vectors[len(pairs.first) :]
-        statistic = spearman(pairs.scores, sts.cosines(first, second))
-        value, low, high = estimate(statistic, len(pairs.scores))
-        row: dict[str, Any] = {"rung": name, "split": self._split, "spearman": value, "low": low, "high": high}
-        if name in UNTRAINED:
-            self._untrained[name] = statistic
-        for base, before in self._untrained.items():
-            difference = paired_difference(before, statistic, len(pairs.scores))
-            row |= {f"over_{base}": difference.value, f"over_{base}_low": difference.low}
-        for task in self._labelled:
-            features = encoder.encode(task.texts).astype(np.float64)
-            outcome = classification.classify(task, self._split, partial(fixed_features, features), [0])
-            row[task.name] = classification.score(task, self._split, name, outcome).value
-        return row
-
-
 def held_out_losses(run: Path) -> dict[str, float]:
     """The held-out loss of a run before its first step and after its last."""
     with (run / LOG).open(encoding="utf-8") as file:
@@ -153,6 +158,54 @@ def held_out_losses(run: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    rungs = chosen(read_ladder(arguments.ladder), arguments.rungs)
+    scored = [rung.name for rung in rungs if arguments.rungs is None or rung.name in arguments.rungs]
+    if arguments.report is not None:
+        pages.check_name(arguments.report)
+    files = dict(arguments.data)
+    for rung in rungs:
+        if rung.data not in files:
+            raise ValueError(f"{rung.name} learns from {rung.data}: give --data {rung.data}=FILE")
+    evaluations = read_evaluations(arguments.evaluate, arguments.split, arguments.layers)
+    results = arguments.runs / "results" / arguments.split
+    reports: Reports = {name: {} for name in (*UNTRAINED, *scored)}
+    for name, window in UNTRAINED.items():
+        reports[name][None] = score(arguments.model, window, results / name, evaluations)
+    losses: dict[str, dict[str, Any]] = {}
+    for seed in arguments.seeds:
+        climb(rungs, arguments, seed)
+        folder = arguments.runs / f"seed-{seed}"
+        for name in scored:
+            reports[name][seed] = score(folder / name, None, results / folder.name / name, evaluations)
+        losses[str(seed)] = {rung.name: held_out_losses(folder / rung.name) for rung in rungs if rung.stage == "mntp"}
+
+    rows = []
+    others = compared(rungs)
+    for name in (evaluation.name for evaluation in evaluations):
+        figures = {
+            rung: {seed: Figures(Report.read(its_reports[name])) for seed, its_reports in runs.items()}
+            for rung, runs in reports.items()
+        }
+        rows += [{"evaluation": name} | row for row in figure_rows(figures, others)]
+    document = compose(
+        "ladder",
+        rows,
+        machine=describe_machine("cpu"),
+        held_out_losses=losses,
+        rungs={rung.name: _description(rung) for rung in rungs},
+        evaluations=list(_evaluations(reports)),
+    )
+    write_document(arguments.output, document)
+    if arguments.report is not None:
+        _write_report(arguments.report, reports)
+    stands_on = {name: names[0] for name, names in others.items() if names}
+    for name in dict.fromkeys(row["evaluation"] for row in rows):
+        print("\n".join(table([row for row in document["rows"] if row["evaluation"] == name], stands_on)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ladder", type=Path, help="YAML file of the rungs")
     parser.add_argument("--model", type=Path, required=True, help="folder of the base that all stand on")
@@ -164,25 +217,47 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=FILE",
         help="what the rungs learn from; texts is a text a line and may end in .gz",
     )
-    parser.add_argument("--sts", type=Path, required=True, help="folder of the STS benchmark")
-    parser.add_argument("--classification", type=Path, help="folder of labelled texts")
+    parser.add_argument(
+        "--evaluate",
+        type=named_file,
+        nargs="+",
+        required=True,
+        metavar="TASK=DATA",
+        help="what every rung is scored on: a task of bivec evaluate and its data",
+    )
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="what is scored; choose on dev")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs, which are kept")
+    parser.add_argument("--layers", choices=get_args(Layers), default="last", help="of tasks on words")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs and results, which are kept")
+    parser.add_argument("--rungs", nargs="+", metavar="RUNG", help="score these alone; what they stand on is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, help="also write the JSON document to this file")
-    arguments = parser.parse_args(argv)
-    rungs = read_ladder(arguments.ladder)
-    scorer = Scorer(arguments.sts, arguments.classification, arguments.split)
-    rows = [scorer(name, arguments.model, window) for name, window in UNTRAINED.items()]
-    losses: dict[str, dict[str, Any]] = {}
-    for seed in arguments.seeds:
-        climb(rungs, arguments, seed)
-        folder = arguments.runs / f"seed-{seed}"
-        rows += [{"seed": seed} | scorer(rung.name, folder / rung.name) for rung in rungs]
-        losses[str(seed)] = {rung.name: held_out_losses(folder / rung.name) for rung in rungs if rung.stage == "mntp"}
-    machine = describe_machine("cpu")
-    report("ladder", rows, machine=machine, output=arguments.output, held_out_losses=losses)
-    return 0
+    parser.add_argument("--output", type=Path, required=True, help="JSON document of all figures, which is replaced")
+    parser.add_argument("--report", type=Path, help="also tables and pictures of all results: a .html or .md")
+    return parser
+
+
+def _write_report(output: Path, reports: Reports) -> None:
+    """Tables and pictures of all results; a rung's seeds are runs of one model."""
+    results = [
+        pages_results.Result(rung, path, Report.read(path))
+        for rung, runs in reports.items()
+        for its_reports in runs.values()
+        for path in its_reports.values()
+    ]
+    with open_output(output, [result.path for result in results], overwrite=True, is_own=pages.is_page) as publish:
+        publish(pages.render(results, output).encode())
+
+
+def _description(rung: Rung) -> dict[str, Any]:
+    recipe = f"{rung.recipe.parent.name}/{rung.recipe.name}"
+    return {"stage": rung.stage, "recipe": recipe, "after": rung.after, "data": rung.data} | rung.fields
+
+
+def _evaluations(reports: Reports) -> Iterator[dict[str, Any]]:
+    """What was scored, and how long that took."""
+    for rung, runs in reports.items():
+        for seed, its_reports in runs.items():
+            for name, path in its_reports.items():
+                yield {"rung": rung, "seed": seed, "evaluation": name, "seconds": seconds_of(path)}
 
 
 if __name__ == "__main__":

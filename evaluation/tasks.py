@@ -109,7 +109,7 @@ def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lamb
 def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) -> Report:
     units = read_units(settings)
     encoder = load_encoder(settings)
-    report = empty_report(settings, units, encoder)
+    report = empty_report(settings, {unit.name: unit.fingerprint for unit in units}, encoder)
     if unfinished is not None:
         unfinished.begin(report)
     for unit in units:
@@ -129,15 +129,15 @@ def read_units(settings: EvaluateSettings) -> list[Unit]:
     return _TASKS[settings.task](settings)
 
 
-def empty_report(settings: EvaluateSettings, units: list[Unit], encoder: Encoder) -> Report:
-    """What a report says before anything is scored: `Report.origin` is what its figures will have come from."""
+def empty_report(settings: EvaluateSettings, data: dict[str, str], encoder: Encoder) -> Report:
+    """What a report says before anything is scored: its origin is all that the figures will come from."""
     description = encoder.describe()
     dtype = str(encoder.dtype).removeprefix("torch.")
     return Report(
         task=settings.task,
         model=description["model"] | description["encoding"] | {"dtype": dtype, "identity": encoder.identity()},
         settings=settings.shaping_the_figures() | {"bivec": __version__},
-        data={unit.name: unit.fingerprint for unit in units},
+        data=data,
         scores=[],
     )
 
