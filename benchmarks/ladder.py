@@ -28,11 +28,14 @@ from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from ..engine.checkpoints import resolve
+from ..engine.fingerprint import fingerprint
 from ..engine.outputs import AtomicFile, open_output
+from ..engine.run_folder import RUN_FILE
 from ..evaluation import pages, pages_results
 from ..evaluation.report import Report
 from ..evaluation.states import Layers
-from ..training import read_settings, train
+from ..training import TrainingSettings, checkpoint, read_settings, train
 from ..training.output import LOG
 from .ladder_evaluation import read_evaluations, score, seconds_of
 from .ladder_scores import UNTRAINED, Figures, table
@@ -145,9 +148,22 @@ def climb(rungs: list[Rung], arguments: argparse.Namespace, seed: int) -> None:
             given += ["--eval-data", held_out]
         for field, value in rung.fields.items():
             given += [f"--{field}", *(value if isinstance(value, list) else [value])]
-        print(f"seed {seed}, {rung.name}", file=sys.stderr, flush=True)
         settings = read_settings(rung.stage, [str(part) for part in (*given, "--resume", "--device", "cpu")])
-        print(train(settings), file=sys.stderr, flush=True)
+        if not is_trained(settings):
+            print(f"seed {seed}, {rung.name}", file=sys.stderr, flush=True)
+            print(train(settings), file=sys.stderr, flush=True)
+
+
+def is_trained(settings: TrainingSettings) -> bool:
+    """Whether a run of these settings is finished; as far as a checkpoint tells, on the same model's files."""
+    output = Path(settings.output)
+    if not (output / RUN_FILE).is_file():
+        return False
+    with (output / LOG).open(encoding="utf-8") as file:
+        before = json.loads(file.readline())["settings"]
+    saved = checkpoint.newest(output)
+    same_model = saved is None or saved.state["model"] == fingerprint(resolve(settings.model))
+    return same_model and before == json.loads(json.dumps(settings.shaping_the_result()))
 
 
 def held_out_losses(run: Path) -> dict[str, float]:

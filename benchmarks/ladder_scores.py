@@ -1,7 +1,8 @@
 """A ladder's figures from the reports of its models: each seed's, their mean, and paired differences with intervals.
 
 A row is one figure of one rung: `value`, `low` and `high` of the mean over its seeds, and those of each. Below `over`
-stand the differences of the model's last layer, on the same bootstrap resamples of the same items, to
+stand the same of the differences of the model's last layer, and whether they have one sign in all seeds. A difference
+is on the same bootstrap resamples of the same items, to
 
 - the untrained model under both masks,
 - the rung that it stands on,
@@ -220,8 +221,8 @@ def _difference(runs: Runs, key: Key, other: Runs, other_key: Key) -> dict[str, 
         return None
     ours, theirs = (mean_of_sets([sample.values for sample in samples]) for samples in zip(*pairs, strict=True))
     found = _estimate(ours.over(theirs))
-    if None in runs:
+    if len(runs) == 1:
         return found
     each = _by_seed({seed: one.values.over(its.values) for seed, (one, its) in zip(runs, pairs, strict=True)})
     signs = {np.sign(difference["value"] or 0.0) for difference in each.values()}
-    return found | {"seeds": each} | ({"same_sign": len(signs) == 1} if len(each) > 1 else {})
+    return found | {"seeds": each, "same_sign": len(signs) == 1}

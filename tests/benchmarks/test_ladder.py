@@ -131,6 +131,7 @@ def test_every_rung_is_trained(climbed):
 
 def test_what_is_trained_and_scored_is_not_again(climbed, scored, capsys):
     folder, document, climb = climbed
+    shutil.rmtree(folder / "runs" / "seed-3" / "mntp" / "checkpoints")
     assert climb() == document
     assert not scored
     entries = document["evaluations"]
@@ -218,6 +219,10 @@ def test_what_has_changed_is_scored_again(climb, folder, scored):
     document = climb()
     assert scored == [*UNTRAINED, "mntp", "supervised"]
     assert row_of(document, "mntp", "one")["n"] == 41
+    (folder / "ladder.yaml").write_text(LADDER.replace("[8, 16]", "[8]").replace("causal", "bidirectional"))
+    shutil.rmtree(folder / "runs" / "seed-3" / "mntp")
+    with pytest.raises(ValueError, match="was trained with other files of the model"):
+        climb()
 
 
 def test_some_rungs_alone(climb, folder, scored):
