@@ -114,14 +114,26 @@ def _shown(fact: str, value: Any) -> str:
 
 
 def _checks(findings: Findings) -> list[Section]:
-    rows = [
+    """What was verified, and what the results say beside their figures."""
+    checks = [
         Row(name, [Cell(report.task), Cell(check), Cell("yes" if passed else "NO")])
         for name, _, report in findings.results
         for check, passed in report.checks.items()
     ]
-    columns = [Column("", head) for head in ("task", "statement", "holds")]
-    return (
-        [Section("Checks", [Part("Statements that were verified", [Table("", "model", columns, rows)])])]
-        if rows
-        else []
-    )
+    said: dict[tuple[str, str], list[str]] = {}
+    for name, _, report in findings.results:
+        for note in report.notes:
+            said.setdefault((report.task, note), []).append(name)
+    notes = [Row(task, [Cell(note), Cell(_names(its, findings))]) for (task, note), its in said.items()]
+    parts = []
+    if checks:
+        columns = [Column("", head) for head in ("task", "statement", "holds")]
+        parts.append(Part("Statements that were verified", [Table("", "model", columns, checks)]))
+    if notes:
+        columns = [Column("", head) for head in ("note", "models")]
+        parts.append(Part("What to know of the data", [Table("", "task", columns, notes)]))
+    return [Section("Notes", parts)] if parts else []
+
+
+def _names(names: list[str], findings: Findings) -> str:
+    return "all" if len(findings.names) > 1 and set(names) == set(findings.names) else ", ".join(dict.fromkeys(names))

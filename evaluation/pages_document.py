@@ -6,10 +6,10 @@ from .pages_figures import Figure
 
 
 class Cell(NamedTuple):
-    """One field of a table; `small` stands beside it in small print."""
+    """One field of a table; what is in `small` stands beside it in small print."""
 
     text: str = ""
-    small: str = ""
+    small: tuple[str, ...] = ()
     is_best: bool = False
 
 
@@ -52,9 +52,14 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A picture: lines over what `axis` says, or where that is empty a point and its interval a row."""
+    """A picture: lines over what `axis` says, or where that is empty a point and its interval a row.
+
+    Attributes:
+        title: what it shows; `caption` is the same, less what its part's title says.
+    """
 
     title: str
+    caption: str
     metric: str
     axis: str
     series: list[Series]

@@ -24,11 +24,6 @@ _CSS = f"""
 @media (prefers-color-scheme: dark) {{
   :root {{ {_variables("#16181c", "#e8e8e8", "#a5a5a5", "#3a3d44", _DARK)} }}
 }}
-@media print {{
-  :root {{ {_variables("#ffffff", "#000000", "#444444", "#bbbbbb", _LIGHT)} }}
-  .wide {{ overflow: visible; }}
-  figure, table {{ break-inside: avoid; }}
-}}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 80rem; padding: 1rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
@@ -44,8 +39,8 @@ th, td {{ padding: .25rem .6rem; text-align: left; vertical-align: top; border-b
 td {{ min-width: 5.5rem; }}
 thead th {{ vertical-align: bottom; }}
 th[colspan] {{ border-left: 1px solid var(--line); }}
-tbody th {{ font-weight: 600; position: sticky; left: 0; background: var(--ground); max-width: 14rem;
-  overflow-wrap: break-word; }}
+tbody th {{ font-weight: 600; position: sticky; left: 0; background: var(--ground); min-width: 8rem;
+  max-width: 14rem; overflow-wrap: break-word; }}
 tr.apart th, tr.apart td {{ color: var(--faint); font-weight: 400; font-style: italic; }}
 tbody tr:not(.apart) + tr.apart > * {{ border-top: 2px solid var(--faint); }}
 small {{ display: block; font-size: .72rem; color: var(--faint); white-space: nowrap; }}
@@ -56,6 +51,14 @@ svg {{ width: 100%; height: auto; max-width: 30rem; }}
   font-size: .85rem; }}
 .key i {{ display: inline-block; width: 1.2rem; height: .25rem; margin-right: .4rem; vertical-align: middle; }}
 summary {{ cursor: pointer; }}
+@media print {{
+  :root {{ {_variables("#ffffff", "#000000", "#444444", "#bbbbbb", _LIGHT)} }}
+  @page {{ size: landscape; margin: 1cm; }}
+  .wide {{ overflow: visible; }} table {{ font-size: .6rem; }} small {{ font-size: .5rem; }}
+  td, th {{ padding: .1rem .25rem; }} td {{ min-width: 0; }}
+  details::details-content {{ content-visibility: visible; }}
+  figure, table {{ break-inside: avoid; }}
+}}
 """
 
 
@@ -110,27 +113,35 @@ def _table(table: Table, title: str) -> Iterator[str]:
 
 def _cell(cell: Cell) -> str:
     text = f"<b>{escape(cell.text)}</b>" if cell.is_best else escape(cell.text)
-    return f"{text} <small>{escape(cell.small)}</small>" if cell.small else text
+    return " ".join((text, *(f"<small>{escape(small)}</small>" for small in cell.small)))
 
 
 def _pictures(pictures: Pictures, models: Sequence[str], count: int) -> Iterator[str]:
+    is_apart = any(series.is_apart for panel in pictures.panels for series in panel.series)
+    apart = "<li>dashed or hollow: controls and embeddings</li>" * is_apart
     drawn = sorted({series.color for panel in pictures.panels for series in panel.series if series.color is not None})
     keys = (
         f'<li><i style="background:var(--series-{color % NUM_COLORS})"></i>{escape(models[color])}</li>'
         for color in drawn
     )
-    yield f'<div class="block pictures"><ul class="key">{"".join(keys)}</ul>\n<div class="panels">'
+    yield f'<div class="block pictures"><ul class="key">{"".join(keys)}{apart}</ul>\n<div class="panels">'
     for place, panel in enumerate(pictures.panels):
         svg = draw(panel, f"p{count + place}").replace("<svg", f'<svg role="img" aria-label="{escape(_alt(panel))}"', 1)
-        yield f"<figure>\n{svg}\n<figcaption>{escape(panel.title)}</figcaption>\n</figure>"
+        yield f"<figure>\n{svg}\n<figcaption>{escape(panel.caption)}</figcaption>\n</figure>"
     yield "</div></div>"
 
 
 def _alt(panel: Panel) -> str:
-    """What the picture shows, in words."""
+    """What the picture shows, in words; of lines their ends and their highest point."""
     parts = []
     for series in panel.series:
-        values = [number(figure.value) for _, figure in series.points]
-        where = f" from {panel.axis} {series.points[0][0]:g} to {series.points[-1][0]:g}" if panel.axis else ""
-        parts.append(f"{series.label} {', '.join(values)}{where}")
+        points = [(x, figure.value) for x, figure in series.points]
+        if panel.axis:
+            told = dict.fromkeys((points[0], max(points, key=lambda point: point[1]), points[-1]))
+            values = ", ".join(f"{number(value)} at {panel.axis} {x:g}" for x, value in told)
+            if len(points) > 1 and len({value for _, value in points}) == 1:
+                values = f"{number(points[0][1])} throughout"
+        else:
+            values = number(points[0][1])
+        parts.append(f"{series.label} {values}")
     return f"{panel.title}: {'; '.join(parts)}"

@@ -46,4 +46,4 @@ def _row(cells: list[str]) -> str:
 
 def _cell(cell: Cell) -> str:
     text = f"**{escaped(cell.text)}**" if cell.is_best else escaped(cell.text)
-    return f"{text} ({escaped(cell.small)})" if cell.small else text
+    return f"{text} ({escaped('; '.join(cell.small))})" if cell.small else text

@@ -66,7 +66,8 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
         places, values, bounds = _numbers(series)
         color = _color(series)
         marker = _MARKERS[(series.color or 0) % len(_MARKERS)]
-        style = {"linestyle": "--", "alpha": 0.7} if series.is_apart else {"linestyle": "-", "marker": marker}
+        style = {"linestyle": "--", "alpha": 0.7} if series.is_apart else {"linestyle": "-"}
+        style |= {"marker": "o", "markerfacecolor": "none"} if series.is_apart else {"marker": marker}
         axes.plot(places, values, color=color, markersize=4, linewidth=1.4, **style)
         if not series.is_apart:
             axes.fill_between(places, *bounds, color=color, alpha=0.15, linewidth=0)

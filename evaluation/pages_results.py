@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from .pages_figures import Figure
 from .report import Report, Score, fingerprint
+from .summary import parts_of
 
 
 class Result(NamedTuple):
@@ -36,15 +38,26 @@ class Subject(NamedTuple):
     @property
     def data_name(self) -> str:
         """The data set, its split, and which data it is where another has its name."""
-        return " ".join(part for part in (self.dataset, self.split, self.data and f"({self.data})") if part)
+        split = "" if self.split == "all" else self.split
+        return " ".join(part for part in (self.dataset, split, self.data and f"({self.data})") if part)
 
 
 class Place(NamedTuple):
-    """Whose figure it is: the model's own or a control's beside it, and of which layer."""
+    """Whose figure it is: the model's own or a control's beside it, and of which layer.
+
+    Attributes:
+        variant: what tells the rows of one model apart, in tables that have several.
+    """
 
     name: str
     system: str
     layer: int | None
+    variant: str = ""
+
+    @property
+    def line(self) -> "Place":
+        """All layers of it."""
+        return self._replace(layer=None)
 
 
 @dataclass(frozen=True)
@@ -63,16 +76,16 @@ class Findings:
     figures: dict[Subject, dict[Place, Figure]]
     unlike_data: list[str]
 
-    def last_layer(self, name: str, task: str) -> int | None:
-        """The last layer that a model has figures of."""
-        layers = (
-            place.layer
-            for subject, places in self.figures.items()
-            if subject.task == task
-            for place in places
-            if place.name == name and place.layer is not None
-        )
-        return max(layers, default=None)
+    @cached_property
+    def last_layers(self) -> dict[tuple[str, str], int]:
+        """The last layer of which there are figures, by the model's name and the task."""
+        last: dict[tuple[str, str], int] = {}
+        for subject, places in self.figures.items():
+            for place in places:
+                if place.layer is not None:
+                    key = place.name, subject.task
+                    last[key] = max(place.layer, last.get(key, 0))
+        return last
 
 
 def read_results(arguments: Sequence[str]) -> list[Result]:
@@ -107,6 +120,7 @@ def gather(results: Sequence[Result]) -> Findings:
     figures: dict[Subject, dict[Place, Figure]] = defaultdict(dict)
     origin: dict[tuple[Subject, Place], Result] = {}
     for result in results:
+        by_key = {score.key: score for score in result.report.scores}
         for score in result.report.scores:
             data = _data_of(result.report, score.dataset)
             subject = Subject(
@@ -122,7 +136,9 @@ def gather(results: Sequence[Result]) -> Findings:
             if (subject, place) in origin:
                 _check_runs(origin[subject, place], result, score)
             origin[subject, place] = result
-            figures[subject].setdefault(place, Figure([])).runs.append(score)
+            figure = figures[subject].setdefault(place, Figure([], []))
+            figure.runs.append(score)
+            figure.parts.append(parts_of(score, by_key))
     names = list(dict.fromkeys(result.name for result in results))
     return Findings(names, list(results), figures, sorted({dataset for _, dataset in unlike}))
 
@@ -162,8 +178,9 @@ def _identity(report: Report) -> Iterator[str]:
 
 
 def _data_of(report: Report, dataset: str) -> str:
-    """The fingerprint of the data that a score is of; of all where the score's name is no data set's."""
-    return report.data.get(dataset) or fingerprint(sorted(report.data.items()))
+    """The fingerprint of the data that a score is of, by the longest name that its own begins with; else of all."""
+    names = [name for name in report.data if dataset == name or dataset.startswith(f"{name} ")]
+    return report.data[max(names, key=len)] if names else fingerprint(sorted(report.data.items()))
 
 
 def _unlike_data(results: Sequence[Result]) -> set[tuple[str, str]]:

@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bivec import cli
-from bivec.evaluation import pages
+from bivec.evaluation import comparison, pages
 from bivec.evaluation.pages_results import Result, read_results
 from bivec.evaluation.report import Report, Score
+from bivec.evaluation.summary import summarized
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -76,9 +77,11 @@ def html(*results: Result) -> Page:
     return page
 
 
-def rows_of(text: str, part: str) -> list[list[str]]:
-    """Cells of the first table below a heading."""
-    below = text.split(f"### {part}\n", 1)[1].lstrip("\n")
+def rows_of(text: str, part: str, title: str = "") -> list[list[str]]:
+    """Cells of the first table below a heading, or of that below a title."""
+    below = text.split(f"### {part}\n", 1)[1]
+    below = below.split(f"\n{title}\n", 1)[1] if title else below
+    below = below.lstrip("\n")
     lines = re.match(r"(?:\|.*\n)+", below)[0].splitlines()
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if "---" not in line]
 
@@ -143,6 +146,89 @@ def test_a_page_holds_the_same_tables_and_a_picture_of_each_column():
     assert f"one {scores[0].value:.4f}; two {scores[0].value:.4f}" in page.alternatives[0]
 
 
+def test_context_probes_are_columns_by_position():
+    probes = [
+        of_items(0.5 + position / 20, f"{name} position {position}", "test", layer=2, probe=probe, read_out="token")
+        for probe in ("mlp", "linear")
+        for name in ("subject_animacy", "verb_dynamic")
+        for position in range(1, 6)
+    ]
+    chance = [replace(probe, system="majority", layer=None, probe=None, read_out=None) for probe in probes[:10]]
+    rest = [
+        of_items(0.9, "telicity", layer=2, probe="mlp", read_out="token"),
+        of_items(0.8, "concreteness", metric="pearson", layer=2, probe="mlp", read_out="token"),
+        of_items(0.7, "concreteness", metric="spearman", layer=2, probe="mlp", read_out="token"),
+    ]
+    found = result("m", "probing", *probes, *chance, *rest)
+    for probe, its in (("mlp", probes[:10]), ("linear", probes[10:])):
+        header, row, control = rows_of(markdown(found), f"accuracy by position, {probe} probe, read at the token")
+        names = [
+            f"{name} test: {place} (n = 200)" for name in ("subject_animacy", "verb_dynamic") for place in range(1, 6)
+        ]
+        assert header == ["model", *(name.replace("_", r"\_") for name in names)]
+        assert row == ["m", *map(shown, its)]
+        assert control == ["*majority*", *map(shown, its)]
+    header, row = rows_of(markdown(found), "words in context, mlp probe, read at the token")
+    assert [head.split(" (")[0] for head in header[1:]] == [
+        "telicity test: accuracy",
+        "concreteness test: pearson",
+        "concreteness test: spearman",
+    ]
+    assert row == ["m", *map(shown, rest)]
+    by_position = next(text for text in html(found).alternatives if text.startswith("subject_animacy"))
+    assert f"m {probes[0].value:.4f} at position 1" in by_position
+
+
+def test_llm2vecs_protocol_is_one_table_in_which_each_model_has_its_read_out():
+    results = [
+        result(name, "ner", of_items(share, layer=2, probe="linear, llm2vec", read_out=read_out))
+        for name, share, read_out in (("uni", 0.5, "token"), ("mntp", 0.6, "previous"))
+    ]
+    rows = rows_of(markdown(*results), "linear, llm2vec probe")
+    assert [row[0] for row in rows] == ["model", "uni, read at the token", "mntp, read at the position before"]
+    assert [row[1].replace("*", "") for row in rows[1:]] == [shown(found.report.scores[0]) for found in results]
+
+
+def test_leads_over_baselines_and_means_are_those_of_the_results():
+    scores = [of_items(0.7, "a", seed=1), of_items(0.8, "b", seed=2)]
+    scores += [
+        replace(of_items(0.6, "a", seed=3), system="token average"),
+        of_items(0.6, "b", system="token average", seed=4),
+    ]
+    first = summarized(scores, means=True)
+    second = summarized([of_items(0.5, "a", seed=5), of_items(0.4, "b", seed=6)], means=True)
+    text = markdown(result("one", "sts", *first), result("two", "sts", *second))
+    header, row, *_ = rows_of(text, "accuracy")
+    assert [head.split(" (")[0] for head in header] == ["model", "a test", "b test", "mean of 2 test"]
+    assert row[3].replace("*", "") == shown(first[-2])
+    (lead,) = rows_of(text, "accuracy", "lead over the baselines:")[1:]
+    value, low, high, p_value = first[-1].lead
+    assert lead[0] == "one over token average"
+    assert lead[3] == f"{value:+.4f} ({low:+.4f} to {high:+.4f}; p {p_value:.4f})"
+    (change,) = rows_of(text, "accuracy", "difference to one:")[1:]
+    found = comparison.compare(result("one", "sts", *first).report, result("two", "sts", *second).report).rows[-1]
+    value, low, high, p_value = found.difference
+    assert change[3] == f"{value:+.4f} ({low:+.4f} to {high:+.4f}; p {p_value:.4f})"
+
+
+def test_what_a_figure_is_the_mean_of_is_told():
+    each = {"accuracy of each dimension": {"Vision": 0.25, "Touch": 0.75}}
+    text = markdown(result("a", "new", of_items(0.5, details=each)), result("b", "new", of_items(0.6)))
+    assert rows_of(text, "accuracy", "set test: accuracy of each dimension:") == [
+        ["model", "Vision", "Touch"],
+        ["a", "0.2500", "0.7500"],
+    ]
+
+
+def test_seeds_and_notes_are_told():
+    score = of_items(0.7, details={"accuracy of each seed": [0.6, 0.8, 0.7]})
+    found = result("m", "sts", score)
+    found.report.notes.append("2 rows left out")
+    text = markdown(found)
+    assert rows_of(text, "accuracy")[1][1] == shown(score)[:-1] + "; 3 seeds 0.6000 to 0.8000)"
+    assert rows_of(text, "What to know of the data")[1] == ["sts", "2 rows left out", "m"]
+
+
 def test_the_best_is_marked_where_its_paired_difference_excludes_zero():
     items = np.random.default_rng(0).random(400)
     results = [
@@ -156,9 +242,7 @@ def test_the_best_is_marked_where_its_paired_difference_excludes_zero():
     assert "**" not in "".join(cell for row in rows_of(markdown(*results), "accuracy") for cell in row)
     text = markdown(*results[:2])
     assert [row[1].startswith("**") for row in rows_of(text, "accuracy")[1:]] == [False, True]
-    difference = rows_of(
-        text, "accuracy\n\n" + text.split("### accuracy\n\n")[1].split("difference")[0] + "difference to low:"
-    )
+    difference = rows_of(text, "accuracy", "difference to low:")
     value, low, high, p_value = map(float, re.findall(r"[-+]?\d\.\d+", difference[1][1]))
     high_score, low_score = (results[place].report.scores[0].value for place in (1, 0))
     assert value == pytest.approx(high_score - low_score, abs=1e-4)
@@ -206,7 +290,13 @@ def test_all_layers_stand_in_tables_and_in_a_picture_over_layers():
     assert [float(row[1].split()[0]) for row in table[1:4]] == [round(score.value, 4) for score in layers["shallow"]]
     (alternative,) = page.alternatives
     assert "deep" in alternative
-    assert "from layer 0 to 4" in alternative
+    assert f"{layers['deep'][4].value:.4f} at layer 4" in alternative
+
+
+def test_a_control_of_no_layer_is_beside_all_layers():
+    layers = [of_items(0.5 + 0.1 * layer, layer=layer, seed=layer) for layer in range(4)]
+    (alternative,) = html(result("m", "new-task", *layers, of_items(0.2, system="majority"))).alternatives
+    assert f"m, majority {of_items(0.2).value:.4f} throughout" in alternative
 
 
 def test_several_runs_of_a_model_are_one_row_with_their_mean():
