@@ -60,6 +60,7 @@ def read_evaluations(given: Sequence[tuple[str, Path]], split: Split, layers: La
             device="cpu",
             dtype="float32",
             split=split,
+            seeds=1,  # of a probe or a shuffle: a ladder's seeds are its runs'
             layers=layers,
             baseline=task in WITH_BASELINES,
             overwrite=True,
