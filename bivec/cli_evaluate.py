@@ -74,11 +74,13 @@ def evaluate_labelled(
     seeds: Seeds = 3,
     split: Annotated[Literal["dev", "test"], typer.Option(help="What is scored; select models on dev.")] = "test",
     baseline: Annotated[bool, typer.Option("--baseline", help="Score TF-IDF and the token average beside it.")] = False,
+    on_error: OnErrorChoice = "fail",
 ) -> None:
     """Score embeddings against labels.
 
     sts: correlation of cosines with people's scores; files NAME-train, -dev, -test (.csv, .tsv).
-    classification: accuracy of a logistic regression; files NAME.train, .dev, .test, or NAME.all.
+    classification: accuracy of a logistic regression; files NAME.train, .dev, .test, or NAME.all; NAME.txt, also .gz,
+    of SentEval's probing tasks; MRPC's pairs.
 
     Example: bivec evaluate sts --model runs/simcse --data stsb --split dev --output simcse.json
     """
@@ -99,6 +101,7 @@ def evaluate_labelled(
         seeds=seeds,
         split=split,
         baseline=baseline,
+        on_error=on_error,
     )
 
 

@@ -1,13 +1,9 @@
-"""Text classification: the accuracy of a logistic regression on frozen embeddings.
-
-    stsa.binary.train    a label, a space and a text a line (SentEval's layout; `.all` or `.txt` may stand behind)
-    stsa.binary.dev
-    stsa.binary.test
-    rt-polarity.all      a data set without splits
+"""Classification of texts, or of pairs of texts: the accuracy of a logistic regression on frozen embeddings.
 
 The strength of regularisation is chosen on the development split, or where there is none by cross-validation within
 the training split; a data set without splits is scored by nested cross-validation in ten folds (Conneau and Kiela,
-SentEval, 2018). The test split chooses nothing.
+SentEval, 2018). The test split chooses nothing. A pair (u, v) has the features |u - v| and u * v, and F1 of the label 1
+beside the accuracy, as there.
 """
 
 from collections import Counter
@@ -17,14 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..texts.files import is_file
-from ..texts.formats import refuse_wide_characters
-from ..texts.rows import Unreadable
+from .bad_rows import LEFT_OUT, BadRows, OnError
 from .extras import needed
+from .labelled_files import DataSet, read_folder
+from .logistic_regression import LogisticRegression
 from .report import Score
-from .splits import Split, find_splits, looked_for
+from .splits import Split
 
-EXTENSIONS = (".all", ".txt", "")
 STRENGTHS = tuple(10.0**power for power in range(-3, 3))  # C, the inverse of the penalty's weight
 FOLDS = 10
 INNER_FOLDS = 3
@@ -38,12 +33,25 @@ class ClassificationTask(NamedTuple):
     Attributes:
         labels: str `(n,)`.
         rows: each split's rows, int64; `train` is always there.
+        seconds: the second texts of pairs, else none.
+        num_left_out: rows that were bad.
     """
 
     name: str
     texts: list[str]
     labels: np.ndarray
     rows: dict[str, np.ndarray]
+    seconds: Sequence[str] = ()
+    num_left_out: int = 0
+
+    @property
+    def columns(self) -> list[Sequence[str]]:
+        """The texts, and the second texts where there are any."""
+        return [self.texts, self.seconds] if self.seconds else [self.texts]
+
+    @property
+    def all_texts(self) -> list[str]:
+        return [*self.texts, *self.seconds]
 
 
 class Outcome(NamedTuple):
@@ -53,161 +61,156 @@ class Outcome(NamedTuple):
     strengths: list[float]
 
 
-def read_tasks(folder: Path, split: Split) -> list[ClassificationTask]:
+def read_tasks(folder: Path, split: Split, on_error: OnError = "fail") -> list[ClassificationTask]:
     """Every data set in `folder` that can be scored on `split`.
 
     Raises:
         FileNotFoundError: there is none, or one has no training split; says which names were looked for.
-        ValueError: a line is malformed, with its file, or a label does not occur in the training split.
+        ValueError: a line is malformed and not to be left out, with its file, or a label does not occur in the training
+            split.
     """
-    splits = find_splits(folder, EXTENSIONS)
-    taken = {path for files in splits.values() for path in files.values()}
-    whole = {path.stem: {"train": path} for path in sorted(folder.glob("*.all")) if path not in taken and is_file(path)}
-    tasks = []
-    for name, files in sorted((splits | whole).items()):
-        if name in splits and split == "test" and "test" not in files:
-            continue
-        if "train" not in files:
-            wanted = looked_for(name, "train", EXTENSIONS)
-            raise FileNotFoundError(f"no training split beside {next(iter(files.values()))}: looked for {wanted}")
-        task = _read_task(name, files)
-        for used in sorted({"dev", split} & files.keys()):
-            _check_labels(task, files["train"], files[used], used)
-        tasks.append(task)
-    if not tasks:
-        wanted = looked_for("*", split, EXTENSIONS)
-        raise FileNotFoundError(f"no labelled texts in {folder}: looked for {wanted} with their training split, *.all")
-    return tasks
+    bad_rows: dict[str, BadRows] = {}
+    found = list(read_folder(folder, split, lambda name: bad_rows.setdefault(name, BadRows(on_error))))
+    return [_task(data, bad_rows[data.name].count) for data in found]
 
 
-def read_labelled(path: Path) -> tuple[list[str], list[str]]:
-    """Labels and texts of one file, in UTF-8 or, where it is not that, in Latin-1.
+def fixed_features(task: ClassificationTask, vectors: np.ndarray) -> Features:
+    """Vectors of `task.all_texts`, `(n, E)` or of pairs `(2 n, E)`, for which nothing is fitted."""
+    matrix = vectors.astype(np.float64)
+    if task.seconds:
+        matrix = pair_features(matrix)
+    return lambda rows: matrix
 
-    Raises:
-        ValueError: the file is empty or in UTF-16 or UTF-32, or a line is not a label, a space and a text.
-    """
-    content = path.read_bytes()
-    try:
-        refuse_wide_characters(content.partition(b"\n")[0])  # which would pass for Latin-1
-    except Unreadable as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        decoded = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        decoded = content.decode("latin-1")  # as two of SentEval's files are
-    labels, texts = [], []
-    for line, entry in enumerate(decoded.removesuffix("\n").split("\n"), start=1):
-        label, _, text = entry.rstrip("\r").partition(" ")
-        if not label or not text.strip():
-            raise ValueError(f"{path}:{line}: a line must be a label, a space and a text, got {entry[:40]!r}")
-        labels.append(label)
-        texts.append(text)
-    return labels, texts
+
+def pair_features(vectors: Any) -> Any:
+    """|u - v| and u * v `(n, 2 E)` of vectors `(2 n, E)`, all u before all v; dense, or scipy's sparse."""
+    half = vectors.shape[0] // 2
+    first, second = vectors[:half], vectors[half:]
+    if isinstance(vectors, np.ndarray):
+        return np.concatenate([np.abs(first - second), first * second], axis=1)
+    sparse = needed("scipy.sparse", "scipy", "classification of pairs")
+    return sparse.hstack([abs(first - second), first.multiply(second)], format="csr")
 
 
 def classify(task: ClassificationTask, split: Split, features: Features, seeds: Sequence[int]) -> Outcome:
-    """Fit and score for each seed; a single one is enough where a development split leaves nothing to chance.
+    """Fit and score for each seed, which shuffles the folds; a single one is enough where there are none.
 
     Raises:
-        ValueError: scikit-learn is absent, or a label stands fewer times in the training split than there are folds.
+        ValueError: scikit-learn is absent.
     """
-    if split == "test" and "test" in task.rows and "dev" in task.rows:
-        seeds = seeds[:1]
-    outcomes = [_classify(task, split, features, seed) for seed in seeds]
-    correct, strengths = zip(*outcomes, strict=True)
-    return Outcome(np.stack(correct), [strength for chosen in strengths for strength in chosen])
+    regression, labels, train = LogisticRegression(), task.labels, task.rows["train"]
+    if split not in task.rows:
+        outcomes = [_nested(regression, labels, train, features, seed) for seed in seeds]
+        correct, strengths = zip(*outcomes, strict=True)
+        return Outcome(np.stack(correct), [strength for chosen in strengths for strength in chosen])
+    development = task.rows.get("dev") if split == "test" else None
+    matrix = features(train)
+    chosen = [
+        _chosen_strength(regression, matrix, labels, train, development, seed)
+        for seed in (seeds if development is None else seeds[:1])
+    ]
+    by_strength = {
+        strength: _correct(regression, matrix, labels, train, task.rows[split], (strength,))[0]
+        for strength in set(chosen)
+    }
+    return Outcome(np.stack([by_strength[strength] for strength in chosen]), chosen)
 
 
-def score(task: ClassificationTask, split: Split, system: str, outcome: Outcome) -> Score:
-    """Mean accuracy over seeds, its interval over texts, and each seed's own."""
-    right = outcome.correct.mean(axis=0)
-    details = {"accuracy of each seed": outcome.correct.mean(axis=1).tolist(), "chosen C": outcome.strengths}
+def score(task: ClassificationTask, split: Split, system: str, outcome: Outcome) -> list[Score]:
+    """Mean accuracy over seeds, its interval over texts, and each seed's own; of pairs also F1 of the label 1.
+
+    F1 is of all seeds' answers together.
+    """
+    details: dict[str, Any] = {
+        "accuracy of each seed": outcome.correct.mean(axis=1).tolist(),
+        "chosen C": outcome.strengths,
+    }
+    if task.num_left_out:
+        details[LEFT_OUT] = task.num_left_out
     scored = split if split in task.rows else f"{FOLDS} folds"
-    return Score.of_items(task.name, scored, system, "accuracy", {"correct": right}, details=details)
+    items = {"correct": outcome.correct.mean(axis=0)}
+    scores = [Score.of_items(task.name, scored, system, "accuracy", items, details=details)]
+    if task.seconds:
+        is_one = task.labels[task.rows[split if split in task.rows else "train"]] == "1"
+        says_one = outcome.correct == is_one
+        items = {"over": 2 * (says_one & is_one).mean(axis=0), "under": says_one.mean(axis=0) + is_one}
+        scores.append(Score.of_items(task.name, scored, system, "f1", items, details=details))
+    return scores
 
 
-def _read_task(name: str, files: dict[str, Path]) -> ClassificationTask:
-    labels: list[str] = []
-    texts: list[str] = []
-    rows = {}
-    for split, path in files.items():
-        its_labels, its_texts = read_labelled(path)
-        rows[split] = np.arange(len(texts), len(texts) + len(its_texts))
-        labels += its_labels
-        texts += its_texts
-    rarest, times = Counter(labels[row] for row in rows["train"]).most_common()[-1]
-    if times < FOLDS or times == len(rows["train"]):
-        raise ValueError(
-            f"{files['train']}: two labels or more must each stand {FOLDS} times, got {rarest!r} {times} times"
-        )
-    return ClassificationTask(name, texts, np.array(labels), rows)
+def _task(data: DataSet, num_left_out: int) -> ClassificationTask:
+    """Raises ValueError where a label is too rare to be learned, or to be found in every fold."""
+    ends = np.cumsum([len(rows) for rows in data.rows.values()])
+    numbers = dict(zip(data.rows, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+    labels, texts, seconds = zip(*(row for rows in data.rows.values() for row in rows), strict=True)
+    train = data.paths["train"]
+    counts = Counter(row.label for row in data.rows["train"])
+    rarest, times = counts.most_common()[-1]
+    if times < FOLDS or len(counts) < 2:
+        raise ValueError(f"{train}: two labels or more must each stand {FOLDS} times, got {rarest!r} {times} times")
+    # what a classifier has not seen it never answers: such a label is most often spelled otherwise
+    for split, rows in sorted(data.rows.items()):
+        unknown = Counter(row.label for row in rows if row.label not in counts)
+        if unknown:
+            label, times = unknown.most_common()[0]
+            raise ValueError(
+                f"{data.paths[split]}: every label must occur in the training split {train}, {label!r} "
+                f"({times} times) does not"
+            )
+    pairs = list(seconds) if data.is_pairs else ()
+    return ClassificationTask(data.name, list(texts), np.array(labels), numbers, pairs, num_left_out)
 
 
-def _check_labels(task: ClassificationTask, train: Path, path: Path, split: str) -> None:
-    """What a classifier has not seen it never answers: such a label is most often spelled otherwise."""
-    known = set(task.labels[task.rows["train"]])
-    unknown = Counter(label for label in task.labels[task.rows[split]] if label not in known)
-    if unknown:
-        label, times = unknown.most_common()[0]
-        raise ValueError(
-            f"{path}: every label must occur in the training split {train}, {str(label)!r} ({times} times) does not"
-        )
-
-
-def _classify(task: ClassificationTask, split: Split, features: Features, seed: int) -> tuple[np.ndarray, list[float]]:
-    """Correct `(n,)` and the choices of C, for one seed."""
-    train = task.rows["train"]
-    if split in task.rows:
-        development = task.rows.get("dev") if split == "test" else None
-        correct, strength = _fit_and_score(task.labels, features, train, task.rows[split], development, seed)
-        return correct, [strength]
+def _nested(
+    regression: LogisticRegression, labels: np.ndarray, train: np.ndarray, features: Features, seed: int
+) -> tuple[np.ndarray, list[float]]:
+    """Correct `(n,)` of rows that are each held out once, and the choice of C for each fold."""
     right = np.zeros(len(train), dtype=bool)
     strengths = []
-    for kept, held_out in _folds(FOLDS, task.labels[train], seed):
-        right[held_out], strength = _fit_and_score(task.labels, features, train[kept], train[held_out], None, seed)
+    for kept, held_out in _folds(FOLDS, labels[train], seed):
+        matrix = features(train[kept])
+        strength = _chosen_strength(regression, matrix, labels, train[kept], None, seed)
+        (right[held_out],) = _correct(regression, matrix, labels, train[kept], train[held_out], (strength,))
         strengths.append(strength)
     return right, strengths
 
 
-def _fit_and_score(
+def _chosen_strength(
+    regression: LogisticRegression,
+    matrix: Any,
     labels: np.ndarray,
-    features: Features,
     train: np.ndarray,
-    scored: np.ndarray,
     development: np.ndarray | None,
     seed: int,
-) -> tuple[np.ndarray, float]:
-    """Which of `scored` are right, bool, and the C chosen on `development` or by folds within `train`."""
-    matrix = features(train)
+) -> float:
+    """The C that is best on `development`, or by folds within `train`."""
     if development is not None:
         parts = [(train, development)]
     else:
         parts = [(train[kept], train[held_out]) for kept, held_out in _folds(INNER_FOLDS, labels[train], seed)]
     right = np.zeros(len(STRENGTHS))
     for fit_on, judge_on in parts:
-        right += [correct.sum() for correct in _correct(matrix, labels, fit_on, judge_on, STRENGTHS)]
-    strength = STRENGTHS[int(right.argmax())]  # the strongest penalty of equals
-    (correct,) = _correct(matrix, labels, train, scored, (strength,))
-    return correct, strength
+        right += [correct.sum() for correct in _correct(regression, matrix, labels, fit_on, judge_on, STRENGTHS)]
+    return STRENGTHS[int(right.argmax())]  # the strongest penalty of equals
 
 
 def _correct(
-    matrix: Any, labels: np.ndarray, fit_on: np.ndarray, judge_on: np.ndarray, strengths: Sequence[float]
+    regression: LogisticRegression,
+    matrix: Any,
+    labels: np.ndarray,
+    fit_on: np.ndarray,
+    judge_on: np.ndarray,
+    strengths: Sequence[float],
 ) -> list[np.ndarray]:
     """Which rows of `judge_on` each strength's classifier gets right, bool; dense features are standardised."""
-    linear_model = needed("sklearn.linear_model", "scikit-learn", "classification")
     fitted, judged = matrix[fit_on], matrix[judge_on]
     if isinstance(matrix, np.ndarray):
         mean, deviation = fitted.mean(axis=0), fitted.std(axis=0)
         deviation[deviation == 0] = 1.0
         fitted, judged = (fitted - mean) / deviation, (judged - mean) / deviation
-    # each strength starts where the last one ended
-    classifier = linear_model.LogisticRegression(max_iter=1000, warm_start=True)
-    outcomes = []
-    for strength in strengths:
-        classifier.set_params(C=strength).fit(fitted, labels[fit_on])
-        outcomes.append(classifier.predict(judged) == labels[judge_on])
-    return outcomes
+    known, targets = np.unique(labels[fit_on], return_inverse=True)
+    classifiers = regression.path(fitted, targets, strengths)
+    return [known[classifier.predict(judged)] == labels[judge_on] for classifier in classifiers]
 
 
 def _folds(count: int, labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -25,8 +25,8 @@ from ..engine.model import LanguageModel
 from ..engine.packing import PackedBatch, pack
 from ..engine.tokens import TextTokenizer, Tokenized
 from .report import Score
-from .statistics import estimate, perplexity, ratio
 from .texts import HeldOutTexts
+from .units import Scored
 
 NUM_PROMPTS = 32
 PROMPT_TOKENS = 8
@@ -36,14 +36,20 @@ _SEQUENCES = 1024
 
 
 class TokenizedTexts(NamedTuple):
-    """Texts that are whole within `max_length`, of two tokens or more, and the number of characters of each."""
+    """Texts that are whole within `max_length`, of two tokens or more, and the number of characters of each.
+
+    Attributes:
+        notes: how many of the others there are.
+    """
 
     sequences: list[list[int]]
     characters: list[int]
+    notes: list[str]
 
 
-def evaluate(encoder: Encoder, held_out: HeldOutTexts, seeds: Sequence[int]) -> tuple[list[Score], dict[str, bool]]:
-    """Scores of the base, of the model where it has adapters, and of the texts; and whether the base is untouched.
+def evaluate(encoder: Encoder, held_out: HeldOutTexts, seeds: Sequence[int]) -> Scored:
+    """Scores of the base, of the model where it has adapters, and of the texts; whether the base is untouched; and how
+    many texts were left out.
 
     Raises:
         ValueError: no text is fit for it, or the model has too few positions for a continuation.
@@ -70,21 +76,29 @@ def evaluate(encoder: Encoder, held_out: HeldOutTexts, seeds: Sequence[int]) -> 
         scores += _repetitions(held_out.name, system, "sampled ", sampled)
     beginnings = [ids[:NEW_TOKENS] for ids in texts.sequences]
     scores += _repetitions(held_out.name, "text", "", [beginnings])
-    return scores, checks
+    return Scored(scores, checks, texts.notes)
 
 
 def tokenize(encoder: Encoder, held_out: HeldOutTexts) -> TokenizedTexts:
     """Token ids as the encoder makes them, special tokens included."""
     tokenized = TextTokenizer(encoder.tokenizer, encoder.max_length)(held_out.texts, [""] * len(held_out.texts))
-    kept = [
-        (result.ids, len(text))
-        for text, result in zip(held_out.texts, tokenized, strict=True)
-        if isinstance(result, Tokenized) and 2 <= len(result.ids) < encoder.max_length
-    ]
+    kept, num_long = [], 0
+    for text, result in zip(held_out.texts, tokenized, strict=True):
+        if isinstance(result, Tokenized) and len(result.ids) >= encoder.max_length:
+            num_long += 1
+        elif isinstance(result, Tokenized) and len(result.ids) >= 2:
+            kept.append((result.ids, len(text)))
     if not kept:
         raise ValueError(f"no text of {held_out.name} has from 2 to {encoder.max_length - 1} tokens")
+    num_short = len(held_out.texts) - len(kept) - num_long
+    reasons = {
+        f"{num_long} reach max_length, {encoder.max_length} tokens": num_long,
+        f"{num_short} are too short": num_short,
+    }
+    found = ", ".join(reason for reason, count in reasons.items() if count)
+    notes = [f"{held_out.name}: {num_long + num_short} of {len(held_out.texts)} texts are left out: {found}"]
     sequences, characters = zip(*kept, strict=True)
-    return TokenizedTexts(list(sequences), list(characters))
+    return TokenizedTexts(list(sequences), list(characters), notes if found else [])
 
 
 @torch.no_grad()
@@ -159,12 +173,9 @@ def _perplexities(
 ) -> Iterator[Score]:
     losses = token_losses(model, texts.sequences, backend)
     tokens = [float(len(ids) - 1) for ids in texts.sequences]
-    items = {"loss": losses.tolist(), "tokens": tokens}
-    yield Score(dataset, "all", system, "perplexity", *estimate(perplexity(losses, tokens), len(losses)), items=items)
-    bits = losses / math.log(2)
-    items = {"bits": bits.tolist(), "characters": [float(count) for count in texts.characters]}
-    interval = estimate(ratio(bits, texts.characters), len(bits))
-    yield Score(dataset, "all", system, "bits per character", *interval, items=items)
+    yield Score.of_items(dataset, "all", system, "perplexity", {"loss": losses, "tokens": tokens})
+    items = {"bits": losses / math.log(2), "characters": np.array(texts.characters, dtype=np.float64)}
+    yield Score.of_items(dataset, "all", system, "bits per character", items)
 
 
 def _repetitions(dataset: str, system: str, prefix: str, drawn: Sequence[Sequence[Sequence[int]]]) -> Iterator[Score]:
@@ -178,5 +189,4 @@ def _repetitions(dataset: str, system: str, prefix: str, drawn: Sequence[Sequenc
         share = np.mean(values, axis=0)
         share = share[~np.isnan(share)]  # of held-out texts that are shorter than an n-gram
         if share.size:
-            interval = estimate(ratio(share), len(share))
-            yield Score(dataset, "all", system, prefix + metric, *interval, items={"share": share.tolist()})
+            yield Score.of_items(dataset, "all", system, prefix + metric, {"share": share})

@@ -159,41 +159,46 @@ def _sts(settings: EvaluateSettings) -> list[Unit]:
     def score(task: sts.SimilarityTask, encoder: Encoder) -> Scored:
         texts = [*task.pairs.first, *task.pairs.second]
         scores = sts.score(task, "model", sts.cosines_of_halves(encoder.encode(texts)))
-        if not settings.baseline:
-            return Scored(scores)
-        fit_on = texts if task.train is None else [*task.train.first, *task.train.second]
-        for name in TFIDF:
-            scores += sts.score(task, name, sts.cosines_of_halves(tfidf(name, fit_on).transform(texts)))
-        scores += sts.score(task, TOKEN_AVERAGE, sts.cosines_of_halves(token_averages(encoder, texts)))
-        fitted = "the scored sentences, whose scores it does not see" if task.train is None else "the training split"
-        return Scored(scores, notes=[f"{task.name}: TF-IDF is fitted on {fitted}"])
+        notes = _notes(task)
+        if settings.baseline:
+            fit_on = texts if task.train is None else [*task.train.first, *task.train.second]
+            for name in TFIDF:
+                scores += sts.score(task, name, sts.cosines_of_halves(tfidf(name, fit_on).transform(texts)))
+            scores += sts.score(task, TOKEN_AVERAGE, sts.cosines_of_halves(token_averages(encoder, texts)))
+            fitted = "the training split" if task.train else "the scored sentences, whose scores it does not see"
+            notes.append(f"{task.name}: TF-IDF is fitted on {fitted}")
+        return Scored(scores, notes=notes)
 
-    tasks = sts.read_tasks(Path(settings.data), settings.split)
+    tasks = sts.read_tasks(Path(settings.data), settings.split, settings.on_error)
     return [Unit(task.name, fingerprint(*task.pairs), partial(score, task)) for task in tasks]
 
 
 def _classification(settings: EvaluateSettings) -> list[Unit]:
     def score(task: classification.ClassificationTask, encoder: Encoder) -> Scored:
-        systems = {"model": partial(fixed_features, encoder.encode(task.texts).astype(np.float64))}
+        systems = {"model": classification.fixed_features(task, encoder.encode(task.all_texts))}
         if settings.baseline:
-            systems |= {name: partial(_tfidf_features, name, task.texts) for name in TFIDF}
-            averages = token_averages(encoder, task.texts).astype(np.float64)
-            systems[TOKEN_AVERAGE] = partial(fixed_features, averages)
+            systems |= {name: partial(_tfidf_features, name, task) for name in TFIDF}
+            averages = token_averages(encoder, task.all_texts)
+            systems[TOKEN_AVERAGE] = classification.fixed_features(task, averages)
         scores = []
         for name, features in systems.items():
             outcome = classification.classify(task, settings.split, features, range(settings.seeds))
-            scores.append(classification.score(task, settings.split, name, outcome))
-        return Scored(scores)
+            scores += classification.score(task, settings.split, name, outcome)
+        return Scored(scores, notes=_notes(task))
 
-    tasks = classification.read_tasks(Path(settings.data), settings.split)
-    return [Unit(task.name, fingerprint(task.texts, task.labels), partial(score, task)) for task in tasks]
+    tasks = classification.read_tasks(Path(settings.data), settings.split, settings.on_error)
+    return [Unit(task.name, fingerprint(*task.columns, task.labels), partial(score, task)) for task in tasks]
+
+
+def _notes(task: sts.SimilarityTask | classification.ClassificationTask) -> list[str]:
+    return [f"{task.name}: {task.num_left_out:,} bad rows are left out"] if task.num_left_out else []
 
 
 def _generation(settings: EvaluateSettings) -> list[Unit]:
     held_out = read_texts(Path(settings.data), settings.num_texts)
 
     def score(encoder: Encoder) -> Scored:
-        return Scored(*generation.evaluate(encoder, held_out, range(settings.seeds)))
+        return generation.evaluate(encoder, held_out, range(settings.seeds))
 
     return [Unit(held_out.name, fingerprint(held_out.texts), score)]
 
@@ -245,11 +250,8 @@ _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
 }
 
 
-def fixed_features(vectors: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """Embeddings, which nothing is fitted for."""
-    return vectors
-
-
-def _tfidf_features(baseline: str, texts: list[str], rows: np.ndarray) -> Any:
+def _tfidf_features(baseline: str, task: classification.ClassificationTask, rows: np.ndarray) -> Any:
     """TF-IDF of all texts, fitted on the rows that a classifier is fitted on."""
-    return tfidf(baseline, [texts[row] for row in rows]).transform(texts)
+    vectorizer = tfidf(baseline, [column[row] for column in task.columns for row in rows])
+    matrix = vectorizer.transform(task.all_texts)
+    return classification.pair_features(matrix) if task.seconds else matrix

@@ -1,13 +1,15 @@
-"""Classification: the files, the choice of C without the test split, accuracies against scikit-learn and chance."""
+"""Classification: the choice of C without the test split, accuracies and F1 against scikit-learn and chance."""
 
 import numpy as np
 import pytest
+import scipy.sparse
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bivec.evaluation import classification
-from bivec.evaluation.classification import ClassificationTask, Outcome, classify, read_labelled, read_tasks, score
+from bivec.evaluation.classification import ClassificationTask, Outcome, classify, fixed_features, pair_features, score
 
 
 def make_task(sizes: dict[str, int], classes: int = 2, seed: int = 0) -> ClassificationTask:
@@ -24,74 +26,6 @@ def noisy(task: ClassificationTask, noise: float, seed: int = 1) -> np.ndarray:
     return (clean + noise * generator.normal(size=clean.shape)) * 10.0 ** np.arange(-4, 6)
 
 
-def test_data_sets_of_a_folder(labelled_folder):
-    tasks = {task.name: task for task in read_tasks(labelled_folder, "test")}
-    assert {name: {split: len(rows) for split, rows in task.rows.items()} for name, task in tasks.items()} == {
-        "split": {"dev": 24, "test": 30, "train": 60},
-        "three": {"test": 30, "train": 60},
-        "whole": {"train": 40},
-    }
-    split = tasks["split"]
-    expected = read_labelled(labelled_folder / "split.test")
-    assert split.labels[split.rows["test"]].tolist() == expected[0]
-    assert [split.texts[row] for row in split.rows["test"]] == expected[1]
-
-
-def test_latin1_is_read_where_the_file_is_no_utf8(tmp_path):
-    (tmp_path / "a").write_bytes("1 naïve\u0085café\r\n0 plain".encode("latin-1"))
-    assert read_labelled(tmp_path / "a") == (["1", "0"], ["naïve\u0085café", "plain"])
-    (tmp_path / "a").write_bytes("1 naïve 北京\n".encode())
-    assert read_labelled(tmp_path / "a") == (["1"], ["naïve 北京"])
-
-
-@pytest.mark.parametrize(
-    ("content", "line"), [("0 a\nword\n", 2), ("0 a\n\n1 b\n", 2), ("0 a\n1  \n", 2), (" text\n", 1), ("", 1)]
-)
-def test_a_malformed_line_is_named(tmp_path, content, line):
-    (tmp_path / "a.train").write_text(content)
-    with pytest.raises(ValueError, match=rf"a\.train:{line}: a line must be a label, a space and a text"):
-        read_labelled(tmp_path / "a.train")
-
-
-def test_absent_data_says_what_was_looked_for_where(labelled_folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no labelled texts in .*empty: looked for \*-test\.all, .*\*\.all"):
-        read_tasks(tmp_path / "empty", "test")
-    (labelled_folder / "split.train").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no training split beside .*split\.dev: looked for split-train\.all"):
-        read_tasks(labelled_folder, "test")
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
-def test_wide_characters_are_no_latin1(tmp_path, encoding):
-    (tmp_path / "a").write_bytes("1 a text\n0 another\n".encode(encoding))
-    with pytest.raises(ValueError, match=r"a: the file is in UTF-.*must be in UTF-8: convert it"):
-        read_labelled(tmp_path / "a")
-
-
-def test_labels_that_training_lacks_are_refused_where_they_count(labelled_folder):
-    with (labelled_folder / "split.test").open("a") as file:
-        file.write("1.0 a\n1.0 b\n2 c\n")
-    with pytest.raises(
-        ValueError, match=r"split\.test: every label must occur in .*split\.train, '1\.0' \(2 times\) does not"
-    ):
-        read_tasks(labelled_folder, "test")
-    assert "split" in {task.name for task in read_tasks(labelled_folder, "dev")}
-    with (labelled_folder / "split.dev").open("a") as file:
-        file.write("x a\n")
-    with pytest.raises(
-        ValueError, match=r"split\.dev: every label must occur in .*split\.train, 'x' \(1 times\) does not"
-    ):
-        read_tasks(labelled_folder, "test")
-
-
-def test_too_few_of_a_label_are_refused(labelled_folder):
-    with (labelled_folder / "whole.all").open("a") as file:
-        file.write("2 rare\n")
-    with pytest.raises(ValueError, match=r"whole\.all: .* each stand 10 times, got '2' 1 times"):
-        read_tasks(labelled_folder, "test")
-
-
 def test_accuracy_is_scikit_learns_at_the_chosen_strength():
     task = make_task({"train": 200, "dev": 90, "test": 150}, classes=3)
     features = noisy(task, 0.6)
@@ -100,14 +34,14 @@ def test_accuracy_is_scikit_learns_at_the_chosen_strength():
     train, development, test = (task.rows[name] for name in ("train", "dev", "test"))
 
     def correct(strength, rows):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=5000, tol=1e-8))
         return model.fit(features[train], task.labels[train]).predict(features[rows]) == task.labels[rows]
 
     by_strength = [correct(strength, development).mean() for strength in classification.STRENGTHS]
     assert by_strength[classification.STRENGTHS.index(outcome.strengths[0])] == max(by_strength)
     assert 0.6 < outcome.correct.mean() < 1.0
-    assert (outcome.correct[0] == correct(outcome.strengths[0], test)).mean() > 0.99
-    found = score(task, "test", "model", outcome)
+    assert (outcome.correct[0] == correct(outcome.strengths[0], test)).all()
+    (found,) = score(task, "test", "model", outcome)
     assert found.value == pytest.approx(outcome.correct.mean())
     assert found.low < found.value < found.high
 
@@ -158,7 +92,7 @@ def test_the_development_split_does_not_choose_when_it_is_scored():
     outcome = classify(task, "dev", lambda _: features, [0])
     assert outcome.correct.shape == (1, 60)
     assert outcome.correct.mean() > 0.55
-    assert score(task, "dev", "model", outcome).split == "dev"
+    assert score(task, "dev", "model", outcome)[0].split == "dev"
     poisoned = task._replace(labels=task.labels.copy())
     poisoned.labels[task.rows["dev"]] = np.random.default_rng(4).permutation(task.labels[task.rows["dev"]])
     poisoned.labels[task.rows["test"]] = "0"
@@ -167,4 +101,76 @@ def test_the_development_split_does_not_choose_when_it_is_scored():
 
 def test_what_no_fold_holds_is_named():
     outcome = Outcome(np.ones((1, 40), dtype=bool), [1.0] * 10)
-    assert score(make_task({"train": 40}), "test", "model", outcome).split == "10 folds"
+    assert score(make_task({"train": 40}), "test", "model", outcome)[0].split == "10 folds"
+
+
+@pytest.mark.parametrize("sizes", [{"train": 120, "dev": 60, "test": 90}, {"train": 120, "test": 90}, {"train": 120}])
+def test_features_that_encode_the_label_are_never_wrong(sizes):
+    task = make_task(sizes, classes=3)
+    features = noisy(task, 0.01)
+    found = classify(task, "test", lambda _: features, [0, 1])
+    assert found.correct.mean() == 1.0
+
+
+def test_labels_shuffled_within_training_teach_nothing():
+    task = make_task({"train": 300, "dev": 99, "test": 300}, classes=3)
+    features = noisy(task, 0.01)
+    train = task.rows["train"]
+    task.labels[train] = np.random.default_rng(5).permutation(task.labels[train])
+    assert abs(classify(task, "test", lambda _: features, [0]).correct.mean() - 1 / 3) < 0.15
+
+
+def test_seeds_shuffle_the_folds_that_choose():
+    """With the same C the same classifier: a seed changes nothing but the folds."""
+    task = make_task({"train": 150, "test": 200})
+    features = noisy(task, 2.0)
+    outcome = classify(task, "test", lambda _: features, range(8))
+    assert outcome.correct.shape == (8, 200)
+    assert len(set(outcome.strengths)) > 1
+    answers = {}
+    for strength, correct in zip(outcome.strengths, outcome.correct, strict=True):
+        assert answers.setdefault(strength, correct.tolist()) == correct.tolist()
+
+
+def pairs_task(sizes: dict[str, int], seed: int = 0) -> ClassificationTask:
+    task = make_task(sizes, seed=seed)
+    return task._replace(seconds=[""] * len(task.texts))
+
+
+def test_f1_of_pairs_is_scikit_learns():
+    task = pairs_task({"train": 200, "test": 150})
+    test = task.rows["test"]
+    gold = task.labels[test]
+    answers = [np.random.default_rng(seed).permutation(gold) for seed in (1, 2)]
+    accuracy, f1 = score(task, "test", "model", Outcome(np.stack([each == gold for each in answers]), [1.0, 1.0]))
+    assert accuracy.value == pytest.approx(np.mean([accuracy_score(gold, each) for each in answers]))
+    # of all seeds' answers together
+    assert f1.value == pytest.approx(f1_score(np.tile(gold, 2), np.concatenate(answers), pos_label="1"))
+    assert (f1.metric, f1.n, list(f1.items)) == ("f1", 150, ["over", "under"])
+    right = Outcome(np.ones((1, 150), dtype=bool), [1.0])
+    assert [found.value for found in score(task, "test", "model", right)] == [1.0, 1.0]
+    assert [found.metric for found in score(make_task({"train": 20, "test": 150}), "test", "model", right)] == [
+        "accuracy"
+    ]
+
+
+def test_pair_features_are_sentevals():
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(12, 5)) * (generator.random((12, 5)) < 0.6)
+    first, second = vectors[:6], vectors[6:]
+    expected = np.hstack([np.abs(first - second), first * second])
+    np.testing.assert_array_equal(pair_features(vectors), expected)
+    np.testing.assert_array_equal(pair_features(scipy.sparse.csr_matrix(vectors)).toarray(), expected)
+
+
+def test_pairs_of_equal_vectors_are_told_from_others():
+    """By |u - v| alone: a classifier of u and v side by side would be at chance."""
+    task = pairs_task({"train": 400, "test": 200})
+    generator = np.random.default_rng(3)
+    first, second = generator.normal(size=(2, 600, 6))
+    second[task.labels == "1"] = first[task.labels == "1"]
+    vectors = np.concatenate([first, second])
+    features = fixed_features(task, vectors)
+    assert classify(task, "test", features, [0]).correct.mean() > 0.97
+    side_by_side = classify(task, "test", lambda _: np.hstack([first, second]), [0])
+    assert abs(side_by_side.correct.mean() - 0.5) < 0.1

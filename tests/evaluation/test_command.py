@@ -105,10 +105,39 @@ def test_classification(run, labelled_folder):
     assert found["mean of 3", "token average"].n == 30 + 30 + 40
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "bad"),
+    [("sts", "pairs/small-test.csv", "a,b\n"), ("classification", "labelled/whole.all", "1 \n")],
+)
+def test_bad_rows_are_left_out_and_counted(run, similarity_folder, labelled_folder, tmp_path, task, name, bad):
+    path = tmp_path / name
+    _, before = run(task, path.parent)
+    with path.open("a") as file:
+        file.write(bad * 5)
+    found = invoke(task, "--data", path.parent)
+    assert found.exit_code == 2
+    assert f"{path}:{len(path.read_text().splitlines()) - 4}: " in found.stderr
+    with pytest.warns(UserWarning, match=r"left out") as told:
+        lines, after = run(task, path.parent, "--on-error", "skip", name="skip")
+    assert len([one for one in told if path.name in str(one.message)]) == 3
+    assert [score.value for score in after.scores] == [score.value for score in before.scores]
+    data_set = path.name.split("-")[0].split(".")[0]
+    assert lines[-1] == f"{data_set}: 5 bad rows are left out"
+    assert {score.details.get("bad rows left out") for score in after.scores if score.dataset == data_set} == {5}
+
+
 def test_generation_of_an_adapter(run, text_file, adapted):
     lines, report = run("generation", text_file, "--adapter", adapted[0], "--num-texts", "10", "--max-length", "100")
     assert lines[-1] == "with its adapters off, logits are bitwise the base's: yes"
     assert {score.system for score in report.scores} == {"base", "model", "text"}
+
+
+def test_texts_that_generation_leaves_out_are_told(run, text_file):
+    with text_file.open("a") as file:
+        file.write("word " * 200 + "\n")
+    lines, report = run("generation", text_file, "--num-texts", "100", "--max-length", "100")
+    told = "held-out.txt: 1 of 31 texts are left out: 1 reach max_length, 100 tokens"
+    assert (lines[-1], report.notes) == (told, [told])
 
 
 def test_anisotropy(run, text_file):

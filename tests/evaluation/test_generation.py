@@ -78,13 +78,17 @@ def test_texts_that_are_cut_are_left_out(encoder):
     tokenized = tokenize(encoder, HeldOutTexts("texts", ["short one", "word " * 200, ""]))
     assert tokenized.characters == [9]
     assert encoder.tokenizer("short one")["input_ids"] == tokenized.sequences[0]
+    assert tokenized.notes == ["texts: 2 of 3 texts are left out: 1 reach max_length, 100 tokens, 1 are too short"]
+    assert tokenize(encoder, HeldOutTexts("texts", ["short one"])).notes == []
     with pytest.raises(ValueError, match="no text of texts has from 2 to 99 tokens"):
         tokenize(encoder, HeldOutTexts("texts", ["word " * 200]))
 
 
 def test_scores_of_a_run(encoder, text_file):
     held_out = read_texts(text_file, 20)
-    scores, checks = generation.evaluate(encoder, held_out, [0, 1])
+    scores, checks, notes = generation.evaluate(encoder, held_out, [0, 1])
+    assert notes == []
+    assert {score.n for score in scores if score.metric == "perplexity"} == {20}
     found = {(score.system, score.metric): score for score in scores}
     repetition = ["seq-rep-4", "distinct-1", "distinct-2"]
     metrics = [prefix + metric for prefix in ("greedy ", "sampled ") for metric in repetition]
@@ -104,7 +108,7 @@ def test_scores_of_a_run(encoder, text_file):
 
 def test_a_base_is_scored_once(tiny_llama_folder, text_file):
     encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="float32", max_length=100)
-    scores, checks = generation.evaluate(encoder, read_texts(text_file, 5), [0])
+    scores, checks, _ = generation.evaluate(encoder, read_texts(text_file, 5), [0])
     assert {score.system for score in scores} == {"base", "text"}
     assert checks == {}
 

@@ -9,8 +9,14 @@ import scipy.stats
 from sklearn.metrics.pairwise import paired_cosine_distances
 
 from bivec import Encoder
+from bivec.evaluation.bad_rows import BadRows
 from bivec.evaluation.baselines import tfidf
-from bivec.evaluation.sts import Pairs, SimilarityTask, cosines, read_pairs, read_tasks, score
+from bivec.evaluation.sts import Pairs, SimilarityTask, cosines, read_tasks, score
+from bivec.evaluation.sts import read_pairs as read_pairs_counting
+
+
+def read_pairs(path, on_error="fail"):
+    return read_pairs_counting(path, BadRows(on_error))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,19 @@ def test_a_malformed_row_is_named(tmp_path, content, line, message):
     (tmp_path / "a.csv").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=rf"a\.csv:{line}: {message}"):
         read_pairs(tmp_path / "a.csv")
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\nc,d,1\ne,\udcff,2\n f, ,3\ng,h,high\ni,j,4\n", errors="surrogateescape")
+    bad_rows = BadRows("skip")
+    with pytest.warns(UserWarning, match=r"a\.csv:\d: .* left out") as told:
+        pairs = read_pairs_counting(tmp_path / "a.csv", bad_rows)
+    assert (pairs.first, pairs.scores.tolist(), bad_rows.count) == (["c", "i"], [1.0, 4.0], 4)
+    places = [str(one.message).split("a.csv:")[1][0] for one in told]
+    assert places == ["1", "3", "4"]  # the first three are named
+    (tmp_path / "a.csv").write_text("a,b\n")
+    with pytest.warns(UserWarning, match="got 2"), pytest.raises(ValueError, match="no pair stands below"):
+        read_pairs(tmp_path / "a.csv", "skip")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
