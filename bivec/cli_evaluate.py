@@ -263,6 +263,61 @@ def evaluate_words(
     )
 
 
+@evaluation.command("probing")
+def evaluate_probing(
+    data: Data,
+    model: Model = str(DEFAULT_MODEL),
+    adapter: Adapters = None,
+    max_length: MaxLength = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    window: MaskWindow = None,
+    output: ReportFile = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    seeds: Seeds = 3,
+    layers: ProbedLayers = "last",
+    read_out: ReadOutChoice = None,
+    sub_tokens: SubTokensChoice = "mean",
+    protocol: Annotated[
+        Literal["bivec", "feng2025"],
+        typer.Option(help="feng2025: as published, words that were learned are tested; last layer, read at the token."),
+    ] = "bivec",
+    on_error: OnErrorChoice = "fail",
+) -> None:
+    """Probe what a word's frozen state tells of its meaning and its sentence.
+
+    The lexical-semantic tasks of Feng et al. (2025) in the released layout, or some of them: animacy and class of verb
+    from each position of a sentence, lexical aspect, concreteness, sensorimotor norms.
+
+    Beside the model stand probes trained on shuffled labels, the word as a text of its own, the most frequent class,
+    and layer 0, which knows a word but not its sentence. No probe is tested on a word that it learned from.
+
+    Example: bivec evaluate probing --model runs/mntp --data semantic-probing/data --output mntp.json
+    """
+    _evaluate(
+        task="probing",
+        data=data,
+        model=model,
+        adapters=tuple(adapter or ()),
+        max_length=max_length,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        window=window,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        seeds=seeds,
+        layers=layers,
+        read_out=read_out,
+        sub_tokens=sub_tokens,
+        protocol=protocol,
+        on_error=on_error,
+    )
+
+
 def _evaluate(**settings: Any) -> None:
     with one_line_errors():
         from .evaluation.report import table

@@ -70,31 +70,41 @@ class Problem(NamedTuple):
         roles: int8 `(P, N)`: `TRAIN`, `DEVELOPMENT`, `TEST` or `UNUSED`.
         num_classes: 0 for a regression.
         groups: int64 `(N,)`, rows that stand in a batch together (a sentence's words); None for each alone.
+        draws: P numbers from 0 on: probes of one number begin with the same weights; None for all.
     """
 
     targets: torch.Tensor
     roles: torch.Tensor
     num_classes: int
     groups: np.ndarray | None = None
+    draws: Sequence[int] | None = None
 
 
 class Probes(nn.Module):
-    """P perceptrons over the same inputs, each standardised by moments of its own; all begin with the same numbers.
+    """P perceptrons over the same inputs, each standardised by moments of its own.
 
     Args:
         sizes: E, the hidden layers', C.
         mean, deviation: `(P, E)`.
+        draws: as a problem has them.
     """
 
-    def __init__(self, sizes: Sequence[int], mean: torch.Tensor, deviation: torch.Tensor, generator: torch.Generator):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        mean: torch.Tensor,
+        deviation: torch.Tensor,
+        draws: Sequence[int],
+        generator: torch.Generator,
+    ):
         super().__init__()
         self.mean, self.deviation = mean, deviation
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in pairwise(sizes):
             bound = inputs**-0.5  # as torch's Linear
             for parameters, shape in (self.weights, (inputs, outputs)), (self.biases, (1, outputs)):
-                drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                parameters.append(nn.Parameter(drawn.expand(len(mean), *shape).to(mean.dtype, copy=True)))
+                drawn = torch.empty(max(draws) + 1, *shape).uniform_(-bound, bound, generator=generator)
+                parameters.append(nn.Parameter(drawn[list(draws)].to(mean.dtype)))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`(P, B, C)` of inputs `(B, E)`."""
@@ -135,7 +145,8 @@ def train_and_predict(
     generator = torch.Generator().manual_seed(seed)
     sizes = (states.shape[1], *settings.hidden, max(problem.num_classes, 1))
     mean, deviation = _moments(states, roles == TRAIN, settings.standardize)
-    probes = Probes(sizes, mean.to(settings.dtype), deviation.to(settings.dtype), generator)
+    draws = problem.draws or [0] * len(roles)
+    probes = Probes(sizes, mean.to(settings.dtype), deviation.to(settings.dtype), draws, generator)
     targets, to_predictions = _targets(problem)
 
     def outputs(rows: torch.Tensor, drops: bool) -> torch.Tensor:

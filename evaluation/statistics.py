@@ -64,6 +64,11 @@ def spearman(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.n
     return statistic
 
 
+def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Ranks from 1 on, float64 `(n,)`; ties share theirs."""
+    return _Ranks(np.asarray(values, dtype=np.float64))(np.ones((1, len(values))))[0]
+
+
 def correlation(metric: str, first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> Statistic:
     """The correlation that `metric`, `spearman` or `pearson`, names."""
     return {"spearman": spearman, "pearson": pearson}[metric](first, second)

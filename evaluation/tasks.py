@@ -12,7 +12,7 @@ from .. import __version__
 from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
-from . import anisotropy, classification, generation, sts, tagging, word_similarity
+from . import anisotropy, classification, generation, semantic, sts, tagging, word_similarity
 from .baselines import TFIDF, TOKEN_AVERAGE, tfidf, token_averages
 from .report import Report, fingerprint, is_report
 from .splits import Split
@@ -21,7 +21,7 @@ from .summary import summarized
 from .texts import read_texts
 from .units import Scored, Unfinished, Unit
 
-Task = Literal["sts", "classification", "generation", "anisotropy", "chunking", "pos", "ner", "words"]
+Task = Literal["sts", "classification", "generation", "anisotropy", "chunking", "pos", "ner", "words", "probing"]
 _WITH_MEANS: tuple[Task, ...] = ("sts", "classification")  # whose data sets are of a kind
 WINDOWS = {"bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
 
@@ -247,6 +247,7 @@ _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "pos": partial(_tagging, "pos"),
     "ner": partial(_tagging, "ner"),
     "words": _words,
+    "probing": semantic.read_units,
 }
 
 
