@@ -217,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         _write_report(arguments.report, reports)
     stands_on = {name: names[0] for name, names in others.items() if names}
     for name in dict.fromkeys(row["evaluation"] for row in rows):
+        print(f"\n{name}", end="")
         print("\n".join(table([row for row in document["rows"] if row["evaluation"] == name], stands_on)))
     return 0
 

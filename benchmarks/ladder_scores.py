@@ -21,7 +21,8 @@ import numpy as np
 
 from ..evaluation.report import Report, Score, aligned, fingerprint, statistic_of
 from ..evaluation.statistics import Bootstrap, Difference, Estimate, Statistic, bootstrap, mean_of_sets
-from ..evaluation.summary import parts_of
+from ..evaluation.summary import DATA_SETS, parts_of
+from ..evaluation.tagging import SPAN_F1
 from .ladder_evaluation import Window
 
 DIGITS = 6  # behind the point, of a figure in a row
@@ -44,14 +45,17 @@ class Sample(NamedTuple):
 
 
 class Figures:
-    """All scores of one report; those of the last layer, or of none, in all resamples."""
+    """All scores of one report and means over its data sets; those of the last layer, or of none, in all resamples."""
 
     def __init__(self, report: Report):
-        known = {score.key: score for score in report.scores}
+        known = {score.key: score for score in _with_means(report.scores)}
         last = max((score.layer for score in known.values() if score.layer is not None), default=None)
         compared = {key: parts_of(score, known) for key, score in known.items() if score.layer in (None, last)}
         self.samples = _samples(compared)
         self.scores = {key: replace(score, items={}) for key, score in known.items()}
+        for key, sample in self.samples.items():  # the intervals of means that the report has not
+            if self.scores[key].low is None:
+                self.scores[key] = replace(self.scores[key], **sample.values.estimate()._asdict())
 
     def controls(self, score: Score) -> dict[str, Key]:
         """What else was scored beside the model's score, by system: of its layer, probe and read-out or of none."""
@@ -110,13 +114,15 @@ def table(rows: Sequence[dict[str, Any]], stands_on: Mapping[str, str]) -> Itera
 
 
 def _main_figures(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The rows of the first metric and probe, of the last layer or none, a group a read-out: of the mean over data sets
-    where there is one. The controls follow the model's own.
+    """The rows of the first metric (or of spans) and probe, of the last layer or none, a group a read-out: of the mean
+    over data sets where there is one. The controls follow the model's own.
     """
     last = max((row["layer"] for row in rows if row["layer"] is not None), default=None)
     rows = [row for row in rows if row["layer"] in (None, last)]
     first = next(row for row in rows if row["system"] == "model")
-    rows = [row for row in rows if row["metric"] == first["metric"]]
+    metrics = {row["metric"] for row in rows}
+    metric = SPAN_F1 if SPAN_F1 in metrics else first["metric"]  # most words are in no span: accuracy tells little
+    rows = [row for row in rows if row["metric"] == metric]
     means = [row for row in rows if row["dataset"].startswith(MEAN)]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in means or rows:
@@ -147,6 +153,26 @@ def _difference_cells(difference: Mapping[str, Any] | None, other: str) -> tuple
         return "", "", "", ""
     sign = {None: "", True: "the same", False: "not the same"}[difference.get("same_sign")]
     return *_estimate_cells(difference, "+.4f"), other, sign
+
+
+def _with_means(scores: Sequence[Score]) -> list[Score]:
+    """The scores and, where the report has none, each system's mean of one metric over several data sets."""
+    found = list(scores)
+    groups: dict[tuple, list[Score]] = defaultdict(list)
+    if not any(DATA_SETS in score.details for score in scores):
+        for score in scores:
+            groups[score.metric, score.layer, score.read_out, score.probe, score.system].append(score)
+    for parts in groups.values():
+        splits = {part.dataset: part.split for part in parts}
+        if len(parts) == len(splits) > 1:
+            whole: dict[str, Any] = {
+                "dataset": f"{MEAN}{len(parts)}",
+                "split": ", ".join(sorted(set(splits.values()))),
+                "value": float(np.mean([part.value for part in parts])),
+                "n": sum(part.n or 0 for part in parts) or None,
+            }
+            found.append(replace(parts[0], **whole, low=None, high=None, items={}, details={DATA_SETS: splits}))
+    return found
 
 
 def _samples(parts: Mapping[Key, Sequence[Score]]) -> dict[Key, Sample]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bivec.benchmarks import ladder, ladder_evaluation
+from bivec.benchmarks import ladder, ladder_evaluation, ladder_scores
 from bivec.evaluation.report import Report, Score, statistic_of
-from bivec.evaluation.statistics import paired_difference
+from bivec.evaluation.statistics import bootstrap, mean_of_sets, paired_difference, ratio
 
 RECIPE = "stage: {}\nmax_steps: 2\nbatch_size: 4\nmax_length: 32\neval_steps: 2\nlora_r: 2\nlearning_rate: 0.05\n"
 LADDER = (
@@ -204,6 +205,40 @@ def test_a_mean_over_data_sets_and_the_controls_are_rows(climbed):
     # they are the same beside every rung, whose adapter leaves the embeddings alone
     controls = {(row["rung"], row["system"]) for row in document["rows"] if row["system"] != "model"}
     assert controls == {("untrained-bidirectional", system) for system in TFIDF_AND_MORE}
+
+
+def test_a_mean_that_the_report_has_not_and_the_figures_that_are_printed():
+    chance = np.random.default_rng(0)
+    scores = [
+        Score.of_items(name, "dev", system, metric, {"share": chance.random(count)}, layer=layer, read_out=read_out)
+        for name, count in (("one", 30), ("two", 50))
+        for metric in ("token accuracy", "span F1")
+        for system, layer, read_out in [
+            *(("model", layer, read_out) for layer in (0, 2) for read_out in ("token", "previous")),
+            ("shuffled labels", 2, "token"),
+            ("most frequent tag", None, None),
+        ]
+    ]
+    figures = ladder_scores.Figures(Report("ner", {}, {}, {}, scores))
+    causal, bidirectional = UNTRAINED
+    rows = list(ladder_scores.rows({name: {None: figures} for name in UNTRAINED}, {causal: [], bidirectional: []}))
+    (mean,) = (
+        row
+        for row in rows
+        if (row["rung"], row["dataset"], row["metric"], row["system"])
+        == (bidirectional, "mean of 2", "span F1", "model")
+        and (row["layer"], row["read_out"]) == (2, "token")
+    )
+    parts = [score for score in scores if score.key[2:6] == ("model", "span F1", 2, "token")]
+    drawn = [bootstrap([ratio(part.items["share"])], part.n, seed=place) for place, part in enumerate(parts)]
+    assert mean_of_sets([found for (found,) in drawn]).estimate() == estimate_of(mean)
+    assert mean["n"] == 80
+    assert mean["over"].keys() == {"shuffled labels", "most frequent tag"}
+    assert all(
+        ("over" in row and bool(row["over"])) == (row["system"] == "model" and row["layer"] == 2) for row in rows
+    )
+    heads = [line for line in ladder_scores.table(rows, {}) if "n = " in line]
+    assert heads == [f"\nmean of 2: span F1, {read_out}; n = 80" for read_out in ("token", "previous")]
 
 
 def test_what_has_changed_is_scored_again(climb, folder, scored):
