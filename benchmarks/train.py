@@ -32,9 +32,10 @@ from torch.nn import functional as F
 from ..training.mask_schedule import MaskSchedule
 from ..training.optimizer import Optimizer
 from ..training.passes import Passes
+from ..training.preparation import prepare
 from ..training.processes import Processes
 from ..training.settings import SimcseSettings, SupervisedSettings, TrainingSettings
-from ..training.stages import make_stage
+from ..training.stages import make_stage, read_data
 from ..training.trainee import load_trainee
 from .cases import SHARE_OF_MEMORY, Case, Results, free_bytes
 from .embed import choose_texts
@@ -76,7 +77,9 @@ class BivecStep:
     """A step of bivec's own training loop, without its log and checkpoints."""
 
     def __init__(self, settings: TrainingSettings, device: torch.device, token_budget: int):
-        trainee = load_trainee(settings, device)
+        prepared = prepare(settings, device)
+        settings = prepared.settings
+        trainee = load_trainee(prepared)
         self.passes = Passes(
             trainee,
             token_budget=token_budget,
@@ -84,9 +87,10 @@ class BivecStep:
             checkpoint_activations=False,
             seed=settings.seed,
         )
-        self.objective = make_stage(settings, self.passes, Processes(Accelerator(cpu=device.type == "cpu"))).objective
+        processes = Processes(Accelerator(cpu=device.type == "cpu"))
+        self.objective = make_stage(settings, read_data(settings, trainee.tokenizer), self.passes, processes).objective
         self.optimizer = Optimizer(trainee.parameters, settings)
-        self.mask = MaskSchedule("bidirectional", 1, settings.max_length, trainee.config)(0)
+        self.mask = MaskSchedule("bidirectional", 1, trainee.tokenizer.max_length, trainee.config)(0)
         self.first_loss: float | None = None
 
     def __call__(self) -> None:

@@ -34,7 +34,10 @@ Pooling = Annotated[
     typer.Option(help="How a text's token states become one vector. Default: the training run's own, else mean."),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a text is cut to. Default: an exported model's own, else 512.")
+    int | None,
+    typer.Option(
+        min=1, help="Tokens a text is cut to. Default: an exported model's own, else 512, or the model's positions."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]

@@ -91,11 +91,7 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
     Raises:
         ValueError, FileNotFoundError: as `stack_adapters`.
     """
-    path = folder / _TENSORS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; an adapter must be in safetensors: a pickle is refused, save it with PEFT anew"
-        )
+    path = adapter_tensors(folder)
     stored = [one for one in read_headers([path]) if one.name.removeprefix(WRAPPER).partition(".")[0] not in HEADS]
     prefix = CAUSAL if any(one.name.removeprefix(WRAPPER).startswith(CAUSAL) for one in stored) else ""
     _inject(model, name, config, prefix, folder / ADAPTER_CONFIG)
@@ -125,6 +121,16 @@ def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -
     if problems:
         raise ValueError(f"{path} does not fit this base: {list_problems(sorted(problems))}")
     return prefix
+
+
+def adapter_tensors(folder: Path) -> Path:
+    """The file of an adapter's tensors; raises FileNotFoundError where there is none in safetensors."""
+    path = folder / _TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; an adapter must be in safetensors: a pickle is refused, save it with PEFT anew"
+        )
+    return path
 
 
 def take_out(model: nn.Module, name: str, init: object, earlier: Sequence[str]) -> None:
@@ -188,17 +194,26 @@ class _Inside(nn.Module):
         self.model = model
 
 
+def inject_adapter(model: nn.Module, name: str, config: LoraConfig, *, inside: bool = False) -> None:
+    """PEFT's `inject_adapter_in_model`, beside the adapters that are there, of which it would warn.
+
+    Args:
+        inside: match names as they are within a causal language model.
+    """
+    earlier = model.__dict__.pop("peft_config", {})
+    inject_adapter_in_model(config, _Inside(model) if inside else model, adapter_name=name)
+    model.peft_config = earlier | {name: config}  # where PEFT looks for it
+
+
 def _inject(model: nn.Module, name: str, config: LoraConfig, prefix: str, path: Path) -> None:
     config = copy.copy(config)
     config.init_lora_weights = False  # the file's tensors are the truth: compute nothing from the base
     check_patterns(path, config, [f"{prefix}{place}" for place, _ in model.named_modules()])
-    earlier = model.__dict__.pop("peft_config", {})  # PEFT would warn of them
     try:
         with torch.device("meta"):
-            inject_adapter_in_model(config, _Inside(model) if prefix else model, adapter_name=name)
+            inject_adapter(model, name, config, inside=bool(prefix))
     except ValueError as error:  # no module has such a name
         raise ValueError(f"{path} does not fit the base: {str(error).splitlines()[0]}") from error
-    model.peft_config = earlier | {name: config}  # where PEFT looks for it
     for place, module in model.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), nn.Linear):
             raise ValueError(f"{path}: target_modules may only name linears, got {prefix}{place}")

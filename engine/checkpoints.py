@@ -15,17 +15,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .config import BIDIRECTIONAL, CAUSAL, ModelConfig
+from .config import BIDIRECTIONAL, CAUSAL
 from .json_files import read_object
-from .llm2vec import Llm2VecAdapter, last_part, local_folder, own_llm2vec_length, own_name, read_adapter, read_merged
-from .modules import MAX_LENGTH_FILE, MODULES_FILE, PUBLISHED, PublishedModel, read_published
+from .llm2vec import Llm2VecAdapter, last_part, local_folder, own_name, read_adapter, read_merged
+from .modules import PUBLISHED, PublishedModel, read_published
 from .run_folder import EARLIER, RUN_FILE, RunDescription
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNDESCRIBED = RunDescription(PUBLISHED, None)  # a bare checkpoint
 # configuration, tokenizer and safetensors: no pickle and no code is ever downloaded
 _DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
-_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -353,32 +352,6 @@ def adapter_base(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base_model_name_or_path must be a folder or a hub id, got {base!r:.80}")
     return base
-
-
-def text_length(checkpoint: Checkpoint, config: ModelConfig, asked: int | None = None) -> int:
-    """Tokens a text is cut to: what is asked for, else the model's own, and never more than it has positions."""
-    return min(own_max_length(checkpoint) if asked is None else asked, config.max_position_embeddings)
-
-
-def own_max_length(checkpoint: Checkpoint) -> int:
-    """Tokens a text is cut to where nobody says: what LLM2Vec's or sentence-transformers' files say, else 512.
-
-    In the latter's layout it is the tokenizer's `model_max_length` where `max_seq_length` does not stand, which may be
-    beyond any model.
-    """
-    length = own_llm2vec_length((checkpoint.base, *checkpoint.adapters)[-1])
-    if length is not None:
-        return length
-    folder = checkpoint.tokenizer
-    if (folder / MAX_LENGTH_FILE).is_file() or (folder / MODULES_FILE).is_file():
-        for name, key in ((MAX_LENGTH_FILE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-            path = folder / name
-            found = read_object(path).get(key) if path.is_file() else None
-            if isinstance(found, bool) or not isinstance(found, int | None) or (found is not None and found < 1):
-                raise ValueError(f"{path}: {key} must be a number of tokens, got {found!r:.80}")
-            if found is not None:
-                return found
-    return _MAX_LENGTH
 
 
 def _is_hub_id(name: str) -> bool:

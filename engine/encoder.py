@@ -17,6 +17,7 @@ from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
 from .fastest import fastest_backend
+from .lengths import text_length
 from .model import LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
@@ -104,9 +105,9 @@ class Encoder:
                 it stands on.
             pooling: `mean`, `weighted_mean`, `last` or `first`, over the text's tokens; default the model's own, else
                 `mean`.
-            max_length: tokens a text is cut to, special tokens included, never more than the model has positions;
+            max_length: tokens a text is cut to, special tokens included, at most as many as the model has positions;
                 default LLM2Vec's `max_length`, or the `max_seq_length` of a folder in sentence-transformers' layout, or
-                its tokenizer's `model_max_length`, else 512.
+                its tokenizer's `model_max_length`, else 512, and all positions where the model has fewer.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is bfloat16 where the hardware multiplies it.
             attention: `auto`, `triton` (bivec's kernel), `varlen` (torch's FlashAttention), `flash` (the flash-attn
@@ -130,7 +131,7 @@ class Encoder:
         else:
             backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
             backend_reason = "asked for"
-        max_length = checkpoints.text_length(checkpoint, config, max_length)
+        max_length = text_length(checkpoint, config, max_length)
         run = checkpoint.description
         tokenizer = TextTokenizer.described(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length, run)
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run

@@ -11,10 +11,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from .adapters import load_merged
-from .checkpoints import Checkpoint, resolve, text_length
+from .checkpoints import Checkpoint, resolve
 from .config import BIDIRECTIONAL, load_config
 from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
+from .lengths import text_length
 from .model import LlamaModel
 from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES
 from .ops import DTYPES

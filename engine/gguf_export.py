@@ -17,6 +17,7 @@ from .adapters import load_merged
 from .checkpoints import Checkpoint, resolve
 from .config import BIDIRECTIONAL, ModelConfig, Rope, load_config
 from .gguf_tokenizer import tokenizer_keys
+from .lengths import within_positions
 from .model import LlamaModel
 from .outputs import open_file
 from .prompts import model_prompts
@@ -69,6 +70,8 @@ def export_gguf(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     checkpoint = resolve(model, adapters)
     config = load_config(checkpoint.base)
+    if max_length is not None:
+        within_positions(max_length, max_length, config.max_position_embeddings)
     run = checkpoint.description
     pooling = pooling or run.pooling
     if pooling not in _POOLING:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import ADAPTER_FILES, HubOptions, resolve, text_length
+from .checkpoints import ADAPTER_FILES, HubOptions, resolve
 from .config import BIDIRECTIONAL, ModelConfig, load_config
 from .json_files import read_list, read_object
+from .lengths import own_max_length
 from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES, MODULES_FILE
 from .prompts import model_prompts
 from .run_folder import RunDescription
@@ -76,7 +77,7 @@ class ModelFiles:
             shape=shape,
             prompts={name: text for name, text in prompts.items() if text},
             default_prompt=default if default and prompts.get(default) else None,
-            max_length=text_length(checkpoint, shape),
+            max_length=min(own_max_length(checkpoint), shape.max_position_embeddings),
             config=config,
             tokenizer=(_read(inner / "special_tokens_map.json") or {}) | (_read(inner / "tokenizer_config.json") or {}),
             modules=None if modules is None else tuple(kind for kind, _ in modules),

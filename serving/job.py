@@ -282,6 +282,7 @@ class _Progress:
     def start(self) -> None:
         """The model is loaded: from here on time counts."""
         self._start = time.perf_counter()
+        self._bar.unpause()  # its rates too
 
     def __enter__(self) -> Self:
         return self

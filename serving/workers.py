@@ -5,6 +5,7 @@ A worker that dies ends the job, and a resumed job goes on where it ended.
 """
 
 import faulthandler
+import logging
 import multiprocessing
 import os
 import re
@@ -204,9 +205,9 @@ def in_processes(
     connections: dict[Connection, Any] = {}
     ended: set[Connection] = set()
     try:
-        for environment in _environments(plan.settings.device, num_workers):
+        for worker, environment in enumerate(_environments(plan.settings.device, num_workers)):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, plan, environment), daemon=True)
+            process = context.Process(target=_work, args=(theirs, plan, environment, worker == 0), daemon=True)
             process.start()
             theirs.close()
             connections[ours] = process
@@ -259,8 +260,9 @@ def _send(connection: Connection, number: int | None) -> None:
         return  # it has died, or has ended, which the next message tells
 
 
-def _work(connection: Connection, plan: Plan, environment: dict[str, str]) -> None:
+def _work(connection: Connection, plan: Plan, environment: dict[str, str], is_first: bool) -> None:
     """A worker's whole life: ready, shards until there are no more, end."""
+    logging.getLogger(f"{__package__.removesuffix('serving')}engine.lengths").disabled = not is_first  # said once
     os.environ.update(environment)  # before torch is imported
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,8 +38,8 @@ class TextData:
     """Texts for language modelling, MNTP and SimCSE.
 
     Each text is a row, cut to the tokenizer's `max_length`. With `block_size`, as in LLM2Vec's MNTP, the texts are
-    tokenised at once, each with the special tokens that the tokenizer adds, joined in file order and cut into rows of
-    `block_size` tokens, whatever `max_length` is; what remains at the end is dropped.
+    tokenised when rows are first asked for, each with the special tokens that the tokenizer adds, joined in file order
+    and cut into rows of `block_size` tokens, whatever `max_length` is; what remains at the end is dropped.
 
     Blank lines of a .txt file are left out, and with `block_size` the blank texts of any file are: in LLM2Vec's blocks
     each leaves a lone BOS.
@@ -48,12 +49,12 @@ class TextData:
         text_column: column of the text, or its key in JSONL.
     Attributes:
         fingerprint: SHA-256 over the files' names, sizes and contents, in order, and the settings that shape the rows.
+        names: the files, as one data set.
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: an argument, a file or a row is bad (a `RowError`, which names file and line), or there is no row.
+        ValueError: an argument, a file or a row is bad (a `RowError`, which names file and line), or there is no row;
+            where rows are asked for, the texts are less than a block.
     """
-
-    fingerprint: str
 
     def __init__(
         self,
@@ -72,17 +73,34 @@ class TextData:
             for line, text in _texts(file, text_column, leave_out_blank=block_size is not None or file.format == "txt"):
                 self._texts.append(text)
                 self._places.append(str(file.path), line)
-        self._blocks: np.ndarray | None = None  # int32 (rows, block_size), instead of the texts
-        settings: dict[str, Any] = {"text_column": text_column}
-        if block_size is None:
-            self._tokenizer = _RowTokenizer(tokenizer)
-            settings["max_length"] = tokenizer.max_length
+        self.names = (", ".join(files),)
+        self._contents = _contents(found)
+        self._text_column, self._block_size = text_column, block_size
+        whole = tokenizer if block_size is None else TextTokenizer(tokenizer.hugging_face, _NEVER_CUT)
+        self._tokenizer, self._max_length = _RowTokenizer(whole), tokenizer.max_length
+
+    @property
+    def sizes(self) -> tuple[int]:
+        """Rows, as one data set."""
+        return (len(self),)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        settings: dict[str, Any] = {"text_column": self._text_column}
+        if self._blocks is None:
+            settings["max_length"] = self._max_length
         else:
-            self._tokenizer = _RowTokenizer(TextTokenizer(tokenizer.hugging_face, _NEVER_CUT))
-            self._blocks = self._cut_blocks(block_size)
-            self._texts.clear()
-            settings["blocks"] = [block_size, hashlib.sha256(self._blocks.data).hexdigest()]
-        self.fingerprint = _fingerprint(found, settings)
+            settings["blocks"] = [self._block_size, hashlib.sha256(self._blocks.data).hexdigest()]
+        return _fingerprint(self._contents, settings)
+
+    @cached_property
+    def _blocks(self) -> np.ndarray | None:
+        """Int32 (rows, block_size), instead of the texts."""
+        if self._block_size is None:
+            return None
+        blocks = self._cut_blocks(self._block_size)
+        self._texts.clear()
+        return blocks
 
     def __len__(self) -> int:
         """Rows: texts, or blocks."""
@@ -200,7 +218,7 @@ class PairData:
             "symmetric_instruction": symmetric_instruction,
             "max_length": tokenizer.max_length,
         }
-        self.fingerprint = _fingerprint(found, settings)
+        self.fingerprint = _fingerprint(_contents(found), settings)
 
     def __len__(self) -> int:
         """Rows of all data sets."""
@@ -301,6 +319,18 @@ class _RowTokenizer:
         return tokenized
 
 
+def look_at_texts(files: Sequence[str], text_column: str) -> None:
+    """Read the first text of each file; raises as `TextData`."""
+    for file in _find(files):
+        next(_texts(file, text_column, leave_out_blank=True))
+
+
+def look_at_pairs(files: Sequence[str]) -> None:
+    """Read the first row of each file; raises as `PairData`."""
+    for file in _find(files):
+        next(_good_rows(file, _pair_columns(file)), None)
+
+
 def _find(files: Sequence[str]) -> list[InputFile]:
     if not files:
         raise ValueError("files must name at least one file, got none")
@@ -368,10 +398,15 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
-def _fingerprint(files: Sequence[InputFile], settings: dict[str, Any]) -> str:
+def _contents(files: Sequence[InputFile]) -> list[list[Any]]:
+    """Each file's name, size and SHA-256."""
     contents = []
     for file in files:
         with open(file.path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         contents.append([file.path.name, file.path.stat().st_size, digest])
+    return contents
+
+
+def _fingerprint(contents: list[list[Any]], settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([contents, settings], sort_keys=True).encode()).hexdigest()

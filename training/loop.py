@@ -6,6 +6,7 @@ checkpoint is bitwise the run that was not.
 
 import logging
 import math
+import operator
 import platform
 import signal
 import sys
@@ -41,9 +42,10 @@ from .mask_schedule import MaskSchedule
 from .optimizer import Optimizer, check_schedule
 from .output import TRACKERS, Log, check_output, clear, find_checkpoint, hold
 from .passes import Passes, choose_token_budget
+from .preparation import Prepared, prepare
 from .processes import Processes
 from .settings import TrainingSettings
-from .stages import Stage, make_stage
+from .stages import Stage, look_at_data, make_stage, read_data
 from .trainee import load_trainee
 
 logger = logging.getLogger(__name__)
@@ -51,22 +53,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingSummary:
-    """What a run did; `tokens` and `seconds` are those since it was begun or, after `first_step` steps, resumed."""
+    """What a run did since it was begun or, after `first_step` steps, resumed.
+
+    Attributes:
+        steps: `skipped` ones among them.
+        cut: share of the texts trained on that had more tokens than `max_length`.
+    """
 
     output: str
-    steps: int
     first_step: int
+    steps: int
     skipped: int
     tokens: int
+    cut: float
     seconds: float
     evaluation: dict[str, float]
 
     def __str__(self) -> str:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in self.evaluation.items())
-        own = f" ({self.steps - self.first_step:,} since it was resumed)" if self.first_step else ""
+        resumed = f" since it was resumed ({self.first_step + self.steps:,} in all)" if self.first_step else ""
+        cut = f", {self.cut:.1%} of the texts cut at max_length" if self.cut else ""
         return (
-            f"{self.steps:,} steps{own}, {self.tokens:,} tokens in {self.seconds:,.1f} s "
-            f"({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s), {self.skipped} skipped"
+            f"{self.steps:,} steps{resumed}, {self.tokens:,} tokens in {self.seconds:,.1f} s "
+            f"({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s), {self.skipped} skipped{cut}"
             f"{': ' + figures if figures else ''}: {self.output}"
         )
 
@@ -85,16 +94,26 @@ def train(settings: TrainingSettings) -> TrainingSummary:
     device = ops.choose_device(settings.device)
     accelerator = _accelerator(settings, device)
     check_schedule(settings)
+    if settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size must be a multiple of the {accelerator.num_processes} processes, got {settings.batch_size}"
+        )
     check_output(output, settings)
     model = resolve(settings.model)
     refuse_inputs(output, _inputs(settings, model))
+    prepared = prepare(settings, device, model)
+    settings = prepared.settings
+    look_at_data(settings)
+    if accelerator.is_main_process:
+        for note in prepared.notes:
+            logger.warning(note)
     # the lock is one process's; the others look at the folder once it is held
     with naming(output), hold(output) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         check_output(output, settings)
         saved = find_checkpoint(output, settings)
         with torch.random.fork_rng(devices=[]):
-            run = _Run(settings, accelerator, output, model, saved)
+            run = _Run(prepared, accelerator, output, saved)
             accelerator.wait_for_everyone()  # all have looked at the output, and nothing is wrong with model and data
             run.open_output()
             try:
@@ -120,17 +139,23 @@ class _Launched(NamedTuple):
 class _Run:
     def __init__(
         self,
-        settings: TrainingSettings,
+        prepared: Prepared,
         accelerator: Accelerator,
         output: Path,
-        model: Checkpoint,
         saved: checkpoint.Saved | None,
     ):
-        self.settings = settings
+        settings = self.settings = prepared.settings
         self.accelerator = accelerator
         self.output = output
         self.processes = Processes(accelerator)
-        self.trainee = load_trainee(settings, accelerator.device, model)
+        self.model_files = {}
+        if accelerator.is_main_process:  # the one that saves and compares
+            random_weights = getattr(settings, "random_weights", False)
+            self.model_files = fingerprint(prepared.checkpoint, weights=not random_weights)
+            if saved is not None:
+                self._check_model(saved)
+        data = read_data(settings, prepared.tokenizer)
+        self.trainee = load_trainee(prepared)
         self.passes = Passes(
             self.trainee,
             token_budget=saved.state["token_budget"]
@@ -140,18 +165,16 @@ class _Run:
             checkpoint_activations=settings.gradient_checkpointing,
             seed=settings.seed,
         )
-        self.stage: Stage = make_stage(settings, self.passes, self.processes)
-        self.model_files = {}
-        if accelerator.is_main_process:  # the one that saves and compares
-            self.model_files = fingerprint(model, weights=not getattr(settings, "random_weights", False))
+        self.stage: Stage = make_stage(settings, data, self.passes, self.processes)
         self.schedule = MaskSchedule(
             settings.mask_schedule,
             settings.mask_schedule_steps or max(1, settings.max_steps // 2),
-            settings.max_length,
+            self.trainee.tokenizer.max_length,
             self.trainee.config,
         )
         self.optimizer = Optimizer(self.trainee.parameters, settings)
         self.step = self.skipped = self.skipped_in_a_row = self.tokens = 0
+        self.sequences = self.cut = 0  # since the run was begun or resumed
         self.launched: deque[_Launched] = deque()
         # steps to launch before one's figures are read, so that the device always has something to do
         self.behind = int(accelerator.device.type == "cuda")
@@ -170,7 +193,7 @@ class _Run:
         settings, main = self.settings, self.accelerator.is_main_process
         if settings.report_to:
             self.accelerator.init_trackers("bivec", config=_flat(settings.shaping_the_result()))
-        began, first_step, first_tokens = time.perf_counter(), self.step, self.tokens
+        began, before = time.perf_counter(), (self.step, self.skipped, self.tokens)
         if self.step == 0:
             self._evaluate()
         bar = tqdm(total=settings.max_steps, initial=self.step, unit="step", disable=not (main and sys.stderr.isatty()))
@@ -197,8 +220,9 @@ class _Run:
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         seconds = time.perf_counter() - began
-        tokens = self.tokens - first_tokens
-        return TrainingSummary(str(self.output), self.step, first_step, self.skipped, tokens, seconds, self.evaluation)
+        steps, skipped, tokens = map(operator.sub, (self.step, self.skipped, self.tokens), before)
+        cut = self.cut / max(self.sequences, 1)
+        return TrainingSummary(str(self.output), before[0], steps, skipped, tokens, cut, seconds, self.evaluation)
 
     def _prepared(self) -> Generator[Any, None, None]:
         """The batches of the steps to come, made by a thread while a step is computed."""
@@ -221,7 +245,10 @@ class _Run:
         self.processes.sum_gradients(self.trainee.parameters.values())
         norm = self.optimizer.step()
         self.step += 1
-        self.tokens += int(self.processes.sum(self.passes.take_count())[0])
+        tokens, sequences, cut = map(int, self.processes.sum(*self.passes.take_counts()))
+        self.tokens += tokens
+        self.sequences += sequences
+        self.cut += cut
         figures = OnHost(torch.stack([norm, *losses.values()]))
         self.launched.append(_Launched(self.step, rate, self.tokens, tuple(losses), figures))
 
@@ -312,13 +339,6 @@ class _Run:
         state = saved.state
         if state["data"] != self.stage.fingerprint:
             raise ValueError(f"{saved.path} was trained on other data than {', '.join(self.settings.data)}")
-        before = state.get("model", {})
-        changed = [part for part, now in self.model_files.items() if before.get(part) != now]
-        if changed:
-            raise ValueError(
-                f"{saved.path} was trained with other files of the model {self.settings.model}: "
-                f"changed since: {', '.join(changed)}"
-            )
         try:
             self.optimizer.restore(saved.tensors, state["schedule"])
         except ValueError as error:
@@ -327,6 +347,15 @@ class _Run:
         self.skipped_in_a_row, self.evaluation = state["skipped_in_a_row"], state["evaluation"]
         if state["versions"] != _versions():
             logger.warning("%s was written with %s; bits may differ", saved.path, state["versions"])
+
+    def _check_model(self, saved: checkpoint.Saved) -> None:
+        before = saved.state.get("model", {})
+        changed = [part for part, now in self.model_files.items() if before.get(part) != now]
+        if changed:
+            raise ValueError(
+                f"{saved.path} was trained with other files of the model {self.settings.model}: "
+                f"changed since: {', '.join(changed)}"
+            )
 
     def _description(self) -> RunDescription:
         settings, trainee = self.settings, self.trainee

@@ -4,6 +4,7 @@ Everything random is a function of the run's seed, the step and the row, so that
 activation checkpointing, a resumed run) with the same masks.
 """
 
+import operator
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,12 +33,22 @@ class Slab(NamedTuple):
         batch: their tokens.
         seeds: int64 (S,) on the device, of what is random about each sequence.
         adapter_seed: of the adapter's dropout, which is drawn on the host.
+        num_cut: sequences that have more tokens than `max_length`.
     """
 
     places: list[int]
     batch: PackedBatch
     seeds: torch.Tensor
     adapter_seed: int
+    num_cut: int
+
+
+class Counts(NamedTuple):
+    """Tokens, sequences, and those of the sequences that were cut."""
+
+    tokens: int
+    sequences: int
+    cut: int
 
 
 class Passes:
@@ -56,12 +67,12 @@ class Passes:
         self.attention_dropout = attention_dropout
         self.checkpoint_activations = checkpoint_activations
         self.seed = seed
-        self._num_tokens = 0
+        self._counts = Counts(0, 0, 0)
 
-    def take_count(self) -> int:
-        """Tokens that were trained on since this was asked last; a pass without gradient counts for nothing."""
-        count, self._num_tokens = self._num_tokens, 0
-        return count
+    def take_counts(self) -> Counts:
+        """What was trained on since this was asked last; a pass without gradient counts for nothing."""
+        counts, self._counts = self._counts, Counts(0, 0, 0)
+        return counts
 
     def slabs(self, sequences: Sequence[Tokenized], step: int, identities: np.ndarray) -> list[Slab]:
         """The sequences in slabs on the device, sequences of similar length together.
@@ -79,12 +90,9 @@ class Passes:
         device = self.trainee.device
         chosen = [sequences[place] for place in places]
         seeds = sequence_seeds(self.seed, step, identities[places])
-        return Slab(
-            places,
-            PackedBatch.from_sequences([text.ids for text in chosen], [text.pool_start for text in chosen], device),
-            on_device(seeds, device),
-            int(seeds[0]),
-        )
+        batch = PackedBatch.from_sequences([text.ids for text in chosen], [text.pool_start for text in chosen], device)
+        num_cut = sum(text.cut for text in chosen)
+        return Slab(places, batch, on_device(seeds, device), int(seeds[0]), num_cut)
 
     def hidden_states(self, slab: Slab, mask: MaskNow, *, dropout: bool = True) -> torch.Tensor:
         """Last hidden states `(T, E)` of a slab before the final norm, in the compute dtype."""
@@ -95,7 +103,8 @@ class Passes:
         if trainee.network.training != dropout:  # which goes through every module
             trainee.network.train(dropout)
         if torch.is_grad_enabled():
-            self._num_tokens += slab.batch.num_tokens
+            own = (slab.batch.num_tokens, len(slab.places), slab.num_cut)
+            self._counts = Counts(*map(operator.add, self._counts, own))
         with precision:
             return trainee.model(
                 slab.batch,
@@ -125,7 +134,7 @@ def choose_token_budget(settings: TrainingSettings, trainee: Trainee) -> int:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         fitting = memory // 3 // activation_bytes(trainee)
-    longest = max(settings.max_length, getattr(settings, "block_size", 0) or 0)
+    longest = max(trainee.tokenizer.max_length, getattr(settings, "block_size", 0) or 0)
     return max([longest, *(budget for budget in _BUDGETS if budget <= fitting)])
 
 

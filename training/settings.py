@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
+from ..engine.lengths import within_positions
 from ..engine.outputs import refuse_inputs
 
 MaskSchedule = Literal["bidirectional", "causal", "window", "annealed", "layers"]
@@ -22,6 +23,11 @@ OUTSIDE_THE_RESULT = frozenset(
     {"output", "resume", "overwrite", "device", "logging_steps", "save_steps", "save_total_limit", "report_to"}
 )
 
+_WITH_BLOCKS = {"max_length": 512, "block_size": 512}
+_BLOCK_SIZE_HELP = (
+    "Texts are joined and cut in blocks of so many tokens; 0: a text is a row. "
+    "Default: 512, or the model's positions where it has fewer."
+)
 _KINDS = {int: "whole number", float: "number", bool: "boolean", str: "string"}
 
 
@@ -40,7 +46,9 @@ class TrainingSettings:
     output: str = _help("Folder of the run: adapter, bivec.json, log.jsonl and checkpoints.")
     eval_data: list[str] = _help("Held-out files, evaluated every eval_steps.", factory=list)
     text_column: str = _help("Column or key of the text.", "text")
-    max_length: int = _help("Tokens a text is cut to.", 512)
+    max_length: int | None = _help(
+        "Tokens a text is cut to. Default: 512, or the model's positions where it has fewer.", None
+    )
 
     full_finetuning: bool = _help("Train every weight instead of a LoRA adapter; the run is a checkpoint.", False)
     continue_adapter: bool = _help("Go on training the model's last adapter instead of a fresh one.", False)
@@ -94,6 +102,7 @@ class TrainingSettings:
     overwrite: bool = _help("Replace the run in output: its files are removed, and training begins anew.", False)
 
     stage: ClassVar[str] = ""
+    usual_lengths: ClassVar[dict[str, int]] = {"max_length": 512}
 
     def __post_init__(self) -> None:
         self._cast_numbers()
@@ -124,7 +133,7 @@ class TrainingSettings:
                 _require(kind is not float or math.isfinite(value), name, "a finite number", value)
 
     def _check(self) -> None:
-        for name in ("max_length", "batch_size", "max_steps", "lora_r", "lora_alpha", "max_skipped_steps"):
+        for name in ("batch_size", "max_steps", "lora_r", "lora_alpha", "max_skipped_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -134,14 +143,14 @@ class TrainingSettings:
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("max_grad_norm", "adam_epsilon"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("mask_schedule_steps", "lr_scheduler_steps"):
+        for name in ("max_length", "mask_schedule_steps", "lr_scheduler_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(bool(self.output), "output", "a folder", self.output)
         _require(bool(self.data), "data", "one file or more", self.data)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2 ** 63)", self.seed)
         budget, longest = self.token_budget, self.max_length
-        _require(budget is None or budget >= longest, "token_budget", f"at least max_length ({longest})", budget)
+        _require(budget is None or budget >= (longest or 0), "token_budget", f"at least max_length ({longest})", budget)
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given")
         if self.full_finetuning and self.continue_adapter:
@@ -151,6 +160,22 @@ class TrainingSettings:
     def predicts_tokens(self) -> bool:
         """Whether a loss needs the language-model head."""
         return self.keep_generation > 0
+
+    def within(self, positions: int) -> tuple[Self, list[str]]:
+        """The settings for a model of so many positions, and a line for every length that is less than usual.
+
+        Raises:
+            ValueError: a length that was asked for is more, or a token_budget less than a length.
+        """
+        found = {
+            name: within_positions(getattr(self, name), usual, positions, name)
+            for name, usual in self.usual_lengths.items()
+        }
+        if found.get("block_size", (0, None))[0]:  # no text is cut then, so nobody needs to hear of it
+            found["max_length"] = found["max_length"][0], None
+        notes = [note for _, note in found.values() if note is not None]
+        lengths: dict[str, Any] = {name: length for name, (length, _) in found.items()}
+        return dataclasses.replace(self, **lengths), notes
 
     def shaping_the_result(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the run it resumes."""
@@ -165,10 +190,11 @@ class PretrainSettings(TrainingSettings):
     full_finetuning: bool = _help("Train every weight instead of a LoRA adapter; the run is a checkpoint.", True)
     mask_schedule: MaskSchedule = _help("The mask; a language model's is causal.", "causal")
     random_weights: bool = _help("Begin with random weights; model gives configuration and tokenizer.", False)
-    block_size: int | None = _help("Texts are joined and cut in blocks of so many tokens; 0: a text is a row.", 512)
+    block_size: int | None = _help(_BLOCK_SIZE_HELP, None)
     learning_rate: float = _help("Peak learning rate of AdamW.", 3e-4)
 
     stage = "pretrain"
+    usual_lengths: ClassVar[dict[str, int]] = _WITH_BLOCKS
     predicts_tokens = True
 
     def _check(self) -> None:
@@ -189,9 +215,10 @@ class MntpSettings(TrainingSettings):
     )
     mask_token: str = _help("An ordinary token of the vocabulary that stands for a masked one.", "_")
     train_head: bool = _help("Train the language-model head too; it is not kept.", False)
-    block_size: int | None = _help("Texts are joined and cut in blocks of so many tokens; 0: a text is a row.", 512)
+    block_size: int | None = _help(_BLOCK_SIZE_HELP, None)
 
     stage = "mntp"
+    usual_lengths: ClassVar[dict[str, int]] = _WITH_BLOCKS
     predicts_tokens = True
 
     def _check(self) -> None:
@@ -211,6 +238,7 @@ class ContrastiveSettings(TrainingSettings):
         super()._check()
         _require(self.temperature > 0, "temperature", "above 0", self.temperature)
         _require(self.batch_size > 1, "batch_size", "at least 2, so that there are negatives", self.batch_size)
+        _require(all(size >= 1 for size in self.dims), "dims", "sizes of at least 1", self.dims)
 
 
 @dataclass(kw_only=True)
@@ -218,11 +246,14 @@ class SimcseSettings(ContrastiveSettings):
     """SimCSE: a text and itself under another dropout mask are a pair, the batch's other texts its negatives."""
 
     attention_dropout: float = _help("Chance of an attention probability to be dropped.", 0.3)
-    max_length: int = _help("Tokens a text is cut to.", 128)
+    max_length: int | None = _help(
+        "Tokens a text is cut to. Default: 128, or the model's positions where it has fewer.", None
+    )
     batch_size: int = _help("Rows of one step, over all processes.", 128)
     learning_rate: float = _help("Peak learning rate of AdamW.", 3e-5)
 
     stage = "simcse"
+    usual_lengths: ClassVar[dict[str, int]] = {"max_length": 128}
 
     def _check(self) -> None:
         super()._check()

@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ..engine.tokens import TextTokenizer
 from .batches import BatchOrder, Order
 from .contrastive_objectives import Contrastive, RowPairs, TextPairs
-from .data import PairData, TextData
+from .data import PairData, TextData, look_at_pairs, look_at_texts
 from .mask_schedule import MaskNow
 from .passes import Passes
 from .processes import Processes
-from .settings import MntpSettings, PretrainSettings, SimcseSettings, SupervisedSettings, TrainingSettings
+from .settings import ContrastiveSettings, MntpSettings, SimcseSettings, SupervisedSettings, TrainingSettings
 from .token_objectives import MaskedNextTokens, NextTokens
 
 
@@ -39,6 +40,14 @@ class Objective(Protocol):
 
 
 @dataclass
+class Data:
+    """The rows of a run, and those that are held out."""
+
+    training: TextData | PairData
+    held_out: TextData | PairData | None
+
+
+@dataclass
 class Stage:
     """What the loop runs; `fingerprint` is that of the training data."""
 
@@ -48,71 +57,76 @@ class Stage:
     num_evaluation_batches: int
 
 
-def make_stage(settings: TrainingSettings, passes: Passes, processes: Processes) -> Stage:
-    """Read the settings' data and make the objective that trains on it, and the one that evaluates.
+def look_at_data(settings: TrainingSettings) -> None:
+    """That every file is there, and has its columns and a good first row: all files, before any is read to its end.
 
     Raises:
         ValueError, FileNotFoundError: naming the file and line, or the field.
     """
-    if settings.batch_size % processes.world_size:
-        raise ValueError(
-            f"batch_size must be a multiple of the {processes.world_size} processes, got {settings.batch_size}"
-        )
-    objective, fingerprint, _ = _make_objective(settings, passes, processes, settings.data, held_out=False)
-    if not settings.eval_data:
-        return Stage(objective, fingerprint, None, 0)
-    evaluation, _, num_batches = _make_objective(settings, passes, processes, settings.eval_data, held_out=True)
-    return Stage(objective, fingerprint, evaluation, num_batches)
+    for files in filter(None, (settings.data, settings.eval_data)):
+        if isinstance(settings, SupervisedSettings):
+            look_at_pairs(files)
+        else:
+            look_at_texts(files, settings.text_column)
 
 
-def _make_objective(
-    settings: TrainingSettings, passes: Passes, processes: Processes, files: list[str], *, held_out: bool
-) -> tuple[Objective, str, int]:
-    """Objective, its data's fingerprint, and the number of batches where they are held out."""
+def read_data(settings: TrainingSettings, tokenizer: TextTokenizer) -> Data:
+    """Read and check all rows; blocks are tokenised when the stage is made.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file and line, or the field.
+    """
+    training = _read(settings, tokenizer, settings.data)
+    held_out = _read(settings, tokenizer, settings.eval_data) if settings.eval_data else None
+    if not getattr(settings, "block_size", None):
+        _order(training, settings)  # refuses data of fewer rows than a batch
+    return Data(training, held_out)
+
+
+def _read(settings: TrainingSettings, tokenizer: TextTokenizer, files: list[str]) -> TextData | PairData:
     if isinstance(settings, SupervisedSettings):
-        return _pair_objective(settings, passes, processes, files, held_out)
-    return _text_objective(settings, passes, processes, files, held_out)
-
-
-def _text_objective(
-    settings: TrainingSettings, passes: Passes, processes: Processes, files: list[str], held_out: bool
-) -> tuple[Objective, str, int]:
+        return PairData(
+            files,
+            tokenizer,
+            instruction=settings.instruction,
+            symmetric_instruction=settings.symmetric_instruction,
+        )
     block_size = getattr(settings, "block_size", None) or None
-    tokenizer = passes.trainee.tokenizer
-    data = TextData(files, tokenizer, text_column=settings.text_column, block_size=block_size)
-    contrastive = isinstance(settings, SimcseSettings)
-    order, num_batches = _order((len(data),), files, settings, contrastive, held_out)
+    return TextData(files, tokenizer, text_column=settings.text_column, block_size=block_size)
+
+
+def make_stage(settings: TrainingSettings, data: Data, passes: Passes, processes: Processes) -> Stage:
+    """The objective that trains on the data, and the one that evaluates.
+
+    Raises:
+        ValueError: the data have fewer rows than a batch, or than a block has tokens.
+    """
+    evaluation, num_batches = None, 0
+    if data.held_out is not None:  # first: what is held out is tokenised sooner, and may be too little
+        held_out = HeldOutOrder(
+            data.held_out.sizes, settings.batch_size, drop_last=isinstance(settings, ContrastiveSettings)
+        )
+        evaluation = _objective(settings, data.held_out, held_out, passes, processes)
+        num_batches = len(held_out)
+    objective = _objective(settings, data.training, _order(data.training, settings), passes, processes)
+    return Stage(objective, data.training.fingerprint, evaluation, num_batches)
+
+
+def _order(data: TextData | PairData, settings: TrainingSettings) -> BatchOrder:
+    return BatchOrder(data.sizes, settings.batch_size, settings.seed, names=data.names)
+
+
+def _objective(
+    settings: TrainingSettings, data: TextData | PairData, order: Order, passes: Passes, processes: Processes
+) -> Objective:
+    if isinstance(data, PairData):
+        assert isinstance(settings, SupervisedSettings)
+        return Contrastive(passes, RowPairs(data, order, processes), processes, settings)
     if isinstance(settings, SimcseSettings):
-        pairs = TextPairs(data, order, processes)
-        return Contrastive(passes, pairs, processes, settings), data.fingerprint, num_batches
+        return Contrastive(passes, TextPairs(data, order, processes), processes, settings)
     if isinstance(settings, MntpSettings):
-        return MaskedNextTokens(passes, data, order, processes, settings), data.fingerprint, num_batches
-    assert isinstance(settings, PretrainSettings)
-    return NextTokens(passes, data, order, processes), data.fingerprint, num_batches
-
-
-def _pair_objective(
-    settings: SupervisedSettings, passes: Passes, processes: Processes, files: list[str], held_out: bool
-) -> tuple[Objective, str, int]:
-    data = PairData(
-        files,
-        passes.trainee.tokenizer,
-        instruction=settings.instruction,
-        symmetric_instruction=settings.symmetric_instruction,
-    )
-    order, num_batches = _order(data.sizes, data.names, settings, True, held_out)
-    return Contrastive(passes, RowPairs(data, order, processes), processes, settings), data.fingerprint, num_batches
-
-
-def _order(
-    sizes: Sequence[int], names: Sequence[str], settings: TrainingSettings, contrastive: bool, held_out: bool
-) -> tuple[Order, int]:
-    """The order of batches, and how many there are of held-out ones."""
-    if not held_out:
-        names = names if len(names) == len(sizes) else [", ".join(names)]
-        return BatchOrder(sizes, settings.batch_size, settings.seed, names=names), 0
-    order = HeldOutOrder(sizes, settings.batch_size, drop_last=contrastive)
-    return order, len(order)
+        return MaskedNextTokens(passes, data, order, processes, settings)
+    return NextTokens(passes, data, order, processes)
 
 
 class HeldOutOrder:

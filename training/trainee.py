@@ -2,29 +2,26 @@
 
 import json
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..engine import ops
-from ..engine.adapter_config import read_adapter_config
 from ..engine.adapter_export import base_reference, write_adapter
-from ..engine.adapters import add_adapter, stack_adapters, take_out
-from ..engine.checkpoints import ADAPTER_FILES, Checkpoint, resolve
-from ..engine.config import ModelConfig, load_config
+from ..engine.adapters import add_adapter, inject_adapter, stack_adapters, take_out
+from ..engine.checkpoints import ADAPTER_FILES, Checkpoint
+from ..engine.config import ModelConfig
 from ..engine.json_files import read_object
 from ..engine.lora import fuse_lora_layers
 from ..engine.model import LanguageModel, LlamaModel
 from ..engine.run_folder import EARLIER, RunDescription
-from ..engine.tokens import TextTokenizer, copy_tokenizer, load_tokenizer
+from ..engine.tokens import TextTokenizer, copy_tokenizer
 from ..engine.weights import load_model, save_tensors
-from .masking import mask_token_id
-from .settings import MntpSettings, PretrainSettings, TrainingSettings
+from .preparation import Prepared
+from .settings import PretrainSettings
 
 ADAPTER = "default"  # PEFT's name of the adapter in training
 
@@ -90,101 +87,66 @@ class Trainee:
         save_tensors(tensors, folder / "model.safetensors")
 
 
-def load_trainee(settings: TrainingSettings, device: torch.device, checkpoint: Checkpoint | None = None) -> Trainee:
-    """Load the settings' model and make its trained part; the fresh adapter depends on the seed alone.
+def load_trainee(prepared: Prepared) -> Trainee:
+    """Load a model's weights and make its trained part; the fresh adapter depends on the seed alone.
 
-    Args:
-        checkpoint: what `settings.model` resolves to, if that is known.
     Raises:
-        ValueError, FileNotFoundError: naming the field or file and what was expected.
+        ValueError, FileNotFoundError: naming the file and what was expected.
     """
-    dtype, _ = ops.choose_dtype(settings.dtype, device)
-    if dtype is torch.float16:
-        raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
-    checkpoint = checkpoint or resolve(settings.model)
-    config = load_config(checkpoint.base)
-    for name in ("max_length", "block_size"):
-        length = getattr(settings, name, None) or 0
-        if length > config.max_position_embeddings:
-            raise ValueError(
-                f"{name} must be at most the model's {config.max_position_embeddings} positions, got {length}"
-            )
-    draws_masks = settings.attention_dropout or settings.mask_schedule == "annealed"
-    if settings.attention in ("varlen", "flash") and draws_masks:
-        raise ValueError(
-            f"attention {settings.attention!r} cannot draw the masks of attention_dropout or mask_schedule annealed"
-        )
-    backend = ops.choose_backend(settings.attention, device, dtype, config.head_dim)
-    tokenizer = TextTokenizer(load_tokenizer(checkpoint.tokenizer, config.vocab_size), settings.max_length)
-    if isinstance(settings, MntpSettings):
-        mask_token_id(tokenizer.hugging_face, settings.mask_token)  # before the weights, and all texts' tokens
+    settings, checkpoint, config = prepared.settings, prepared.checkpoint, prepared.config
     has_head = settings.full_finetuning or settings.predicts_tokens
     kind: type[LanguageModel | LlamaModel] = LanguageModel if has_head else LlamaModel
     if isinstance(settings, PretrainSettings) and settings.random_weights:
         network = kind(config)
         _randomize(network, checkpoint.base, settings.seed)
     else:
-        weights_dtype = torch.float32 if settings.full_finetuning else dtype
+        weights_dtype = torch.float32 if settings.full_finetuning else prepared.dtype
         network = load_model(kind, checkpoint.base, weights_dtype, config)
-    network.requires_grad_(False)
-    inner = network.model if isinstance(network, LanguageModel) else network
-    earlier, adapter, prefix = checkpoint.adapters, None, ""
-    if settings.full_finetuning:
-        if earlier:
-            raise ValueError(f"full_finetuning needs a model without adapters, {settings.model} has {len(earlier)}")
-        network.requires_grad_(True)
-    else:
-        continued = None
-        if settings.continue_adapter:
-            if not earlier:
-                raise ValueError(f"continue_adapter needs a model with an adapter, {settings.model} has none")
-            *rest, continued = earlier
-            earlier = tuple(rest)
-        adapter, prefix = _add_adapters(inner, earlier, continued, settings)
+    network.requires_grad_(settings.full_finetuning)
+    adapter, prefix = None, ""
+    if not settings.full_finetuning:
+        adapter, prefix = _add_adapters(network.model if isinstance(network, LanguageModel) else network, prepared)
     if getattr(settings, "train_head", False):
         assert isinstance(network, LanguageModel)
-        if config.tie_word_embeddings:
-            raise ValueError("train_head needs a head of its own; this model's is tied to its embeddings")
         network.lm_head.weight = nn.Parameter(network.lm_head.weight.float())
-    network.to(device).train()
+    network.to(prepared.device).train()
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     return Trainee(
-        network, parameters, config, checkpoint, tokenizer, device, dtype, backend, adapter, prefix, tuple(earlier)
+        network=network,
+        parameters=parameters,
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer=prepared.tokenizer,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        backend=prepared.backend,
+        adapter=adapter,
+        adapter_prefix=prefix,
+        earlier=prepared.earlier,
     )
 
 
-def _add_adapters(
-    model: LlamaModel, earlier: tuple[Path, ...], continued: Path | None, settings: TrainingSettings
-) -> tuple[LoraConfig, str]:
+def _add_adapters(model: LlamaModel, prepared: Prepared) -> tuple[LoraConfig, str]:
     """Earlier adapters frozen, and one in training: `continued`, or a fresh one whose B is zero.
 
     Returns its configuration, and what its tensors' names begin with in its file.
     """
-    names, prefix = stack_adapters(model, earlier), ""
-    if continued is not None:
-        config = read_adapter_config(continued)
-        if config.use_dora:
-            raise ValueError(f"continue_adapter cannot train DoRA, which {continued} uses")
+    settings = prepared.settings
+    names, prefix = stack_adapters(model, prepared.earlier), ""
+    if prepared.continued is not None:
+        folder, config = prepared.continued
         config.inference_mode = False
         config.lora_dropout = settings.lora_dropout
-        prefix = add_adapter(model, ADAPTER, continued, config)
+        prefix = add_adapter(model, ADAPTER, folder, config)
         take_out(model, ADAPTER, config.init_lora_weights, names)
     else:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # stacking is what we want
-            linears = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-            linears |= {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LoraLayer)}
-            for name in settings.target_modules:
-                if name not in linears:
-                    known = ", ".join(sorted(name for name in linears if name.endswith("_proj")))
-                    raise ValueError(f"target_modules must be among {known}, got {name!r}")
-            config = LoraConfig(
-                r=settings.lora_r,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=list(settings.target_modules),
-            )
-            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        config = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=list(settings.target_modules),
+        )
+        inject_adapter(model, ADAPTER, config)
     torch.manual_seed(settings.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -192,7 +154,7 @@ def _add_adapters(
             for pair in (module.lora_A, module.lora_B):
                 for name, linear in pair.items():
                     linear.float().requires_grad_(name == ADAPTER)
-            if ADAPTER in module.lora_A and continued is None:
+            if ADAPTER in module.lora_A and prepared.continued is None:
                 module.reset_lora_parameters(ADAPTER, True)  # anew in float32, where the base may have 16 bits
     fuse_lora_layers(model)
     return config, prefix

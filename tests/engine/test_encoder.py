@@ -425,6 +425,7 @@ def test_a_window_is_what_the_encoder_runs_with(tiny_llama_folder, encoder, wind
         ({"device": "mps"}, "device must be auto, cpu or cuda"),
         ({"attention": "eager"}, "attention must be auto or one of"),
         ({"max_length": 0}, "max_length must be at least 2 tokens, 1 of which the tokenizer adds, got 0"),
+        ({"max_length": 257}, "max_length must be at most the model's 256 positions, got 257"),
     ],
 )
 def test_arguments_that_cannot_be_met_are_errors(tiny_llama_folder, arguments, message):

@@ -201,6 +201,7 @@ def as_run(base, **fields):
         ({"pooling": "weighted_mean"}, {}, "got 'weighted_mean'"),
         ({}, {"dtype": "q4_0"}, "dtype must be one of float32, bfloat16, float16, q8_0, got 'q4_0'"),
         ({}, {"max_length": 1}, "max_length must be at least 2 tokens, 1 of which the tokenizer adds, got 1"),
+        ({}, {"max_length": 257}, "^max_length must be at most the model's 256 positions, got 257"),
         ({"window": (-1, 0)}, {}, "only a bidirectional model"),
         ({"pools_special_tokens": False}, {}, "does not pool special tokens, which llama.cpp does"),
         ({"template": ("<s>user ", "</s>"), "pooling": "last"}, {}, "puts a chat template around texts"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bivec import Encoder
-from bivec.engine.checkpoints import own_max_length, resolve
+from bivec.engine.checkpoints import resolve
+from bivec.engine.lengths import own_max_length
 from bivec.engine.prompts import model_prompts
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -73,6 +74,17 @@ def test_texts_that_are_cut_are_counted_wherever_they_stand(embed, tmp_path, mon
     if name == "out":
         records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out" / "_shards").glob("*.json"))]
         assert [record["num_cut"] for record in records] == [4, 1]
+
+
+def test_the_bars_rate_leaves_out_what_loading_took(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with job._Progress(SimpleNamespace(shards=[]), job.Summary("out")) as progress:
+        time.sleep(0.5)
+        progress.start()
+        progress.on_pass(1, 1000)
+        rate = progress._bar.postfix
+    assert rate.endswith(" tokens/s")
+    assert int(rate.partition(" ")[0].replace(",", "")) > 2000
 
 
 def test_settings_reach_the_encoder_and_the_provenance(embed, stub, texts, tmp_path):

@@ -12,8 +12,9 @@ from bivec.training import STAGES
 from bivec.training.mask_schedule import MaskSchedule
 from bivec.training.optimizer import Optimizer
 from bivec.training.passes import Passes
+from bivec.training.preparation import prepare
 from bivec.training.processes import Processes
-from bivec.training.stages import make_stage
+from bivec.training.stages import make_stage, read_data
 from bivec.training.trainee import load_trainee
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "batch", "holds", "many", "sequences", "sees")
@@ -97,8 +98,9 @@ class Step:
     """A stage on one process, ready for a step."""
 
     def __init__(self, settings):
-        self.settings = settings
-        self.trainee = load_trainee(settings, torch.device("cpu"))
+        prepared = prepare(settings, torch.device("cpu"))
+        settings = self.settings = prepared.settings
+        self.trainee = load_trainee(prepared)
         self.passes = Passes(
             self.trainee,
             token_budget=settings.token_budget or 4096,
@@ -106,7 +108,8 @@ class Step:
             checkpoint_activations=settings.gradient_checkpointing,
             seed=settings.seed,
         )
-        self.stage = make_stage(settings, self.passes, Processes(Accelerator(cpu=True)))
+        data = read_data(settings, prepared.tokenizer)
+        self.stage = make_stage(settings, data, self.passes, Processes(Accelerator(cpu=True)))
         self.schedule = MaskSchedule(settings.mask_schedule, 10, settings.max_length, self.trainee.config)
         generator = torch.Generator().manual_seed(7)
         for name, parameter in self.trainee.parameters.items():

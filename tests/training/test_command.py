@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 from bivec.cli import app
+from bivec.training import data, trainee
 
 
 def run(*arguments: object):
@@ -104,7 +106,7 @@ def test_bad_pairs_are_named(fields, tmp_path, text, message):
             ["mntp", "--block-size", "0", "--mask-token", "no such token"],
             "mask_token must be one item of the tokenizer's vocabulary",
         ),
-        (["mntp"], "block_size must be at most the model's 256 positions, got 512"),
+        (["mntp", "--block-size", "512"], "block_size must be at most the model's 256 positions, got 512"),
         (["simcse", "--full-finetuning", "--model", "RUN"], "full_finetuning needs a model without adapters"),
     ],
 )
@@ -134,8 +136,74 @@ def test_a_tracker_that_is_not_installed_is_an_error(fields):
     assert run("simcse", *fields, "--report-to", "aim").output == "error: report_to: aim is not installed\n"
 
 
-def test_a_missing_mask_token_is_known_before_weights_and_texts_are_read(fields, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("mntp", ["--block-size", 0, "--mask-token", "no such token"], "mask_token must be one item"),
+        ("mntp", ["--block-size", 0, "--mask-token", "x", "--train-head"], "train_head needs a head of its own"),
+        ("simcse", ["--eval-data", "nowhere.txt"], "nowhere.txt"),
+        ("simcse", ["--eval-data", "OTHER"], "no column 'text'; its columns are 'body'"),
+        ("simcse", ["--target-modules", "typo"], "target_modules must be among down_proj, gate_proj, k_proj, "),
+        ("simcse", ["--continue-adapter"], "continue_adapter needs a model with an adapter"),
+        ("simcse", ["--dims", 8, 4096], "dims must be at most the model's hidden size, "),
+        ("simcse", ["--max-length", 257], "max_length must be at most the model's 256 positions, got 257"),
+    ],
+)
+def test_what_costs_nothing_is_known_before_texts_and_weights_are_read(
+    fields, tmp_path, monkeypatch, stage, arguments, message
+):
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
+    monkeypatch.setattr("bivec.training.stages.TextData", lambda *_, **__: pytest.fail("the texts were read"))
     monkeypatch.setattr("bivec.training.trainee.load_model", lambda *_: pytest.fail("the weights were read"))
-    result = run("mntp", *fields, "--block-size", "0", "--mask-token", "no such token")
-    assert "error: mask_token must be one item" in result.output
+    arguments = [tmp_path / "other.jsonl" if argument == "OTHER" else argument for argument in arguments]
+    result = run(stage, *fields, *arguments)
+    assert result.output.startswith("error: ")
+    assert message in result.output
     assert not (tmp_path / "run").exists()
+
+
+def no_weights(*_):
+    raise FileNotFoundError("the weights were read")
+
+
+def test_rows_are_read_before_weights_and_tokenised_behind_them(fields, tmp_path, monkeypatch):
+    """The held-out ones first, which are fewer."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "few.txt").write_text("few\n")
+    given = (*fields, "--mask-token", "x", "--block-size", 16)
+    load = trainee.load_model
+    monkeypatch.setattr(trainee, "load_model", no_weights)
+    assert "bad.jsonl:2: " in run("mntp", *given, "--eval-data", tmp_path / "bad.jsonl").output
+    assert "batch_size must be at most the rows" in run("simcse", *fields, "--batch-size", 41).output
+    cut, sizes = data.TextData._cut_blocks, []
+    monkeypatch.setattr(
+        data.TextData, "_cut_blocks", lambda self, size: sizes.append(len(self._texts)) or cut(self, size)
+    )
+    assert "error: the weights were read" in run("mntp", *given).output
+    assert sizes == []
+    monkeypatch.setattr(trainee, "load_model", load)
+    assert "block_size must be at most the" in run("mntp", *given, "--eval-data", tmp_path / "few.txt").output
+    assert sizes == [1]
+
+
+def test_a_length_that_nobody_asked_for_is_lowered_aloud_and_resumed(fields, text_file, tmp_path, caplog):
+    text_file.write_text(10 * text_file.read_text())
+    given = [field for field in fields if field not in ("--max-length", 32)]
+    given += ["--mask-token", "x", "--save-steps", 1]
+    assert run("mntp", *given).exit_code == 0
+    assert [record.getMessage() for record in caplog.records if "positions" in record.getMessage()] == [
+        "block_size is 256, not 512: the model has no more positions"
+    ]
+    first, *_ = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(first)["settings"].items() >= {"max_length": 256, "block_size": 256}.items()
+    resumed = run("mntp", *given, "--block-size", 256, "--resume")
+    assert resumed.output.startswith("0 steps since it was resumed (1 in all), 0 tokens in ")
+    assert "block_size was 256, is 128" in run("mntp", *given, "--block-size", 128, "--resume").output
+
+
+def test_the_summary_says_how_many_texts_are_cut(fields, text_file, tmp_path):
+    text_file.write_text("".join(f"{'x' * count}\n" for count in (2, 3, 40, 50)))
+    found = run("simcse", *fields, "--max-length", 12, "--attention-dropout", 0.1)
+    assert ", 0 skipped, 50.0% of the texts cut at max_length: " in found.output
+    shutil.rmtree(tmp_path / "run")
+    assert " cut" not in run("simcse", *fields, "--max-length", 200).output

@@ -112,7 +112,7 @@ def test_arguments_of_texts_are_checked(tokenizer, write):
     with pytest.raises(ValueError, match="block_size must be at least 2, got 1"):
         TextData([write("a.txt", LONG)], tokenizer, block_size=1)
     with pytest.raises(ValueError, match=r"block_size must be at most the \d+ tokens of all texts, got 5000"):
-        TextData([write("a.txt", LONG)], tokenizer, block_size=5000)
+        len(TextData([write("a.txt", LONG)], tokenizer, block_size=5000))
 
 
 def test_a_text_that_leaves_no_token_is_named(tokenizer, write):

@@ -61,9 +61,11 @@ def test_the_checkpoints_before_stay_and_can_be_gone_on_from(make_settings, monk
     assert not (tmp_path / "run" / "bivec.json").exists()
     monkeypatch.undo()
     summary = train(settings(resume=True))
-    assert (summary.steps, summary.first_step) == (6, 2)
-    assert "6 steps (4 since it was resumed)" in str(summary)
-    train(settings("whole"))
+    whole = train(settings("whole"))
+    assert (summary.steps, summary.first_step, whole.steps, whole.first_step) == (4, 2, 6, 0)
+    assert 0 < summary.tokens < whole.tokens
+    assert str(summary).startswith(f"4 steps since it was resumed (6 in all), {summary.tokens:,} tokens in ")
+    assert str(whole).startswith(f"6 steps, {whole.tokens:,} tokens in ")
     adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert adapters[0] == adapters[1]
 

@@ -249,7 +249,7 @@ def test_resuming_a_finished_run_changes_nothing(settings):
     train(run)
     before = contents(Path(run.output))
     summary = train(settings(max_steps=3, resume=True))
-    assert (summary.steps, summary.tokens) == (3, 0)
+    assert (summary.first_step, summary.steps, summary.tokens) == (3, 0, 0)
     assert contents(Path(run.output)) == before
 
 

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bivec import Encoder
+from bivec.engine.export import export
 from bivec.engine.model import LanguageModel
 from bivec.engine.packing import PackedBatch
 from bivec.engine.weights import load_model
@@ -63,6 +64,14 @@ def test_the_chain_gives_in_peft_what_it_gives_here(make_settings, chain, tiny_l
         found = encoder.forward_packed(PackedBatch.from_sequences([ids]))
         assert (found - expected).abs().max() < 1e-4
         assert (found - plain[text]).abs().max() > 0.05
+
+
+def test_peft_has_nothing_to_warn_of(make_settings, chain, tmp_path, recwarn):
+    run = chain(make_settings) / "supervised"
+    train(make_settings("simcse", model=str(run), max_steps=1, output=str(tmp_path / "on top")))
+    Encoder.from_pretrained(tmp_path / "on top").language_model(adapters=True)
+    export(tmp_path / "on top", tmp_path / "out")
+    assert not [str(found.message) for found in recwarn if issubclass(found.category, UserWarning)]
 
 
 def test_a_run_loads_from_wherever_it_was_moved(make_settings, chain, tmp_path):

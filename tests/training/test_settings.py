@@ -77,7 +77,8 @@ def test_a_missing_recipe_and_an_unknown_stage():
         ("mntp", ["--lora_r", "0"], "lora_r must be at least 1, got 0"),
         ("mntp", ["--mask_probability", "0"], r"mask_probability must be in \(0, 1\], got 0.0"),
         ("mntp", ["--block_size", "1"], "block_size must be 0 or at least 2, got 1"),
-        ("mntp", ["--token_budget", "100"], r"token_budget must be at least max_length \(512\), got 100"),
+        ("mntp", ["--token_budget", "100", "--max_length", "200"], r"at least max_length \(200\), got 100"),
+        ("supervised", ["--dims", "8", "0"], r"dims must be sizes of at least 1, got \[8, 0\]"),
         ("mntp", ["--resume", "--overwrite"], "resume and overwrite must not both"),
         ("mntp", ["--full_finetuning", "--continue_adapter"], "full_finetuning and continue_adapter"),
         ("pretrain", ["--random_weights", "--no_full_finetuning"], "random_weights needs full_finetuning"),
@@ -94,6 +95,31 @@ def test_a_missing_recipe_and_an_unknown_stage():
 def test_values_out_of_range_are_refused_by_name(stage, arguments, message):
     with pytest.raises(ValueError, match=message):
         read_settings(stage, [*NEEDED, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "lengths", "notes"),
+    [
+        ("mntp", {}, (256, 256), ["block_size is 256, not 512: the model has no more positions"]),
+        ("mntp", {"block_size": 0}, (256, 0), ["max_length is 256, not 512: the model has no more positions"]),
+        ("pretrain", {"block_size": 64, "max_length": 200}, (200, 64), []),
+        ("supervised", {}, (256, None), ["max_length is 256, not 512: the model has no more positions"]),
+        ("simcse", {}, (128, None), []),
+    ],
+)
+def test_lengths_that_nobody_asked_for_are_within_the_models_positions(stage, given, lengths, notes):
+    settings, said = STAGES[stage](model="m", data=["a"], output="o", **given).within(256)
+    assert (settings.max_length, getattr(settings, "block_size", None)) == lengths
+    assert said == notes
+    assert settings.within(256) == (settings, [])
+
+
+def test_a_length_beyond_the_models_positions_is_refused():
+    for name in ("max_length", "block_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at most the model's 256 positions, got 257"):
+            STAGES["mntp"](model="m", data=["a"], output="o", **{name: 257}).within(256)
+    with pytest.raises(ValueError, match=r"token_budget must be at least max_length \(256\), got 100"):
+        STAGES["supervised"](model="m", data=["a"], output="o", token_budget=100).within(256)
 
 
 def test_every_recipe_of_the_project_can_be_read():
