@@ -35,6 +35,12 @@ def test_a_mean_has_the_interval_of_sets_that_are_resampled_on_their_own():
     )
 
 
+def test_sets_of_one_size_are_resampled_on_their_own_too():
+    scores = [accuracy(name, "model", 0.6) for name in "abcd"]
+    mean = found(scores)["mean of 4", "model", "accuracy"]
+    assert mean.high - mean.low == pytest.approx((scores[0].high - scores[0].low) / 2, rel=0.1)
+
+
 def test_a_mean_is_of_one_metric_and_system_over_several_sets():
     scores = [accuracy(name, system, 0.7) for name in "ab" for system in ("model", "tfidf-words")]
     scores += [accuracy("a", "model", 0.7, metric="f1"), accuracy("a", "other", 0.7)]
@@ -73,6 +79,8 @@ def test_the_lead_of_a_mean_is_of_the_same_sets():
     assert lead.value == pytest.approx(np.mean([one.value for one in each]))
     assert lead.high - lead.low < min(one.high - one.low for one in each)
     assert found(scores[:3])["a", "tfidf-words", "accuracy"].lead is not None
+    others = [*scores[:3], accuracy("c", "tfidf-words", 0.7)]
+    assert found(others)["mean of 2", "tfidf-words", "accuracy"].lead is None
     assert found([*scores, accuracy("c", "model", 0.5)])["mean of 2", "tfidf-words", "accuracy"].lead is None
 
 
