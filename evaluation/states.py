@@ -17,8 +17,10 @@ Shapes: N words of all texts, L chosen layers, E hidden size.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +36,7 @@ SubTokens = Literal["mean", "first", "last"]
 Layers = Literal["last", "all"]
 READ_OUTS: tuple[ReadOut, ...] = ("token", "previous", "both")
 
-Span = tuple[int, int]  # of characters, or of tokens: the first, and one behind the last
+Span = tuple[int, int]  # of characters: the first, and one behind the last
 
 
 class Words(NamedTuple):
@@ -109,32 +111,32 @@ def split_word_states(
         max_length: in tokens.
     """
     tokenizer = TextTokenizer(encoder.tokenizer, max_length)
-    tokenized: list[Tokenized] = []
-    spans: list[list[Span | None]] = []
+    tokenized, spans = [], []
     for (ids, owners), words in zip(tokenizer.of_words(sentences), sentences, strict=True):
         tokenized.append(Tokenized(ids, 0))
-        spans.append([None] * len(words))
-        for place, owner in enumerate(owners):
-            if owner is not None:
-                before = spans[-1][owner]
-                spans[-1][owner] = (place if before is None else before[0], place + 1)
+        pairs = [pair for pair in enumerate(owners) if pair[1] is not None]
+        places, words_of = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        found, firsts, counts = np.unique(words_of, return_index=True, return_counts=True)
+        spans.append(np.zeros((len(words), 2), dtype=np.int64))
+        spans[-1][found] = np.stack([places[firsts], places[firsts] + counts], axis=1)
     return _states(encoder, tokenized, spans, layers, progress)
 
 
 def _states(
     encoder: Encoder,
     tokenized: Sequence[Tokenized],
-    token_spans: Sequence[Sequence[Span | None]],
+    token_spans: Sequence[np.ndarray],
     layers: Sequence[int],
     progress: str,
 ) -> WordStates:
+    """Run texts; `token_spans` int64 `(words, 2)` are a word's first token and one behind its last, equal for none."""
     counts = [len(spans) for spans in token_spans]
     bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     size = encoder.config.hidden_size
     states = room((len(layers), int(bounds[-1]), 2, size), encoder.dtype)
-    is_read = np.array([span is not None for spans in token_spans for span in spans], dtype=bool)
-    has_previous = np.array([span is not None and span[0] > 0 for spans in token_spans for span in spans], dtype=bool)
-    rows = [row for row, text in enumerate(tokenized) if text.ids and any(token_spans[row])]
+    firsts, ends = np.concatenate([np.zeros((0, 2), dtype=np.int64), *token_spans]).T
+    is_read = firsts < ends
+    rows = [row for row in range(len(tokenized)) if is_read[bounds[row] : bounds[row + 1]].any()]
 
     @torch.no_grad()  # of the thread that runs it
     def run(slab: list[int], batch: PackedBatch) -> int:
@@ -145,67 +147,94 @@ def _states(
         for layer, hidden_states in enumerate(found):
             if layer in layers:
                 read = torch.zeros(2 * len(word_rows), size, device=encoder.device)
-                read.index_add_(0, owners, hidden_states[places].float() * shares[:, None])
+                read.index_add_(0, owners, hidden_states.index_select(0, places).float().mul_(shares[:, None]))
                 states[layers.index(layer), word_rows] = read.view(-1, 2, size).to(encoder.dtype).cpu()
         return len(slab)
 
     with tqdm(total=len(rows), unit="text", desc=progress, disable=None, leave=False) as bar:
         for num_texts in encoder.slabs.map(run, [tokenized[row] for row in rows]):
             bar.update(num_texts)
-    return WordStates(tuple(layers), is_read, has_previous, states)
+    return WordStates(tuple(layers), is_read, is_read & (firsts > 0), states)
 
 
 def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in memory, or in an unnamed file of the temporary folder where half of the free memory is too little."""
+    """Zeros in memory, or in an unnamed file of the temporary folder where half of the free memory is too little.
+
+    Raises:
+        ValueError: the folder's disk has no room either.
+    """
     elements = int(np.prod(shape))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 2 * elements * dtype.itemsize <= free:
+    size = elements * dtype.itemsize
+    if 2 * size <= free_memory():
         return torch.zeros(*shape, dtype=dtype)
+    folder = tempfile.gettempdir()
+    if size > shutil.disk_usage(folder).free:  # writing to the mapped file would end the process
+        raise ValueError(
+            f"the states of {shape[1]:,} words in {shape[0]} layers need {size / 2**30:.1f} GiB, more than there is in "
+            f"memory or in {folder}: read fewer layers, or set TMPDIR to a larger disk"
+        )
     with tempfile.NamedTemporaryFile() as file:  # whose memory stays mapped when its name is gone
         return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(*shape)
 
 
-def _locate(encoder: Encoder, words: Words, sub_tokens: SubTokens) -> tuple[list[Tokenized], list[list[Span | None]]]:
+def free_memory() -> int:
+    """Bytes that are free, or taken by what can be read again; half of all where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _locate(encoder: Encoder, words: Words, sub_tokens: SubTokens) -> tuple[list[Tokenized], list[np.ndarray]]:
     """The texts' tokens, and each word's tokens among them."""
     tokenizer = TextTokenizer(encoder.tokenizer, encoder.max_length)
-    tokenized: list[Tokenized] = []
-    spans: list[list[Span | None]] = []
+    tokenized, spans = [], []
     found = tokenizer.with_offsets(words.texts)
     for (ids, offsets), text, its_words in zip(found, words.texts, words.spans, strict=True):
         tokenized.append(Tokenized(ids, 0))
+        begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         # a token that is white space alone is no word's, though it may lie within one
-        tokens = [(place, *span) for place, span in enumerate(offsets) if text[slice(*span)].strip()]
-        places, begins, ends = np.array(tokens, dtype=np.int64).reshape(-1, 3).T
-        spans.append([])
-        for begin, end in its_words:
-            holds = places[(begins < end) & (ends > begin)]
-            if sub_tokens != "mean":
-                holds = holds[:1] if sub_tokens == "first" else holds[-1:]
-            spans[-1].append((int(holds[0]), int(holds[-1]) + 1) if len(holds) else None)
+        num_visible = np.cumsum([0, *(not character.isspace() for character in text)])
+        places = np.flatnonzero(num_visible[ends] > num_visible[begins])
+        word_begins, word_ends = np.array(its_words, dtype=np.int64).reshape(-1, 2).T
+        # tokens stand in the text's order, so that those that hold a character of a word are neighbours
+        firsts = np.searchsorted(ends[places], word_begins, side="right")
+        behind = np.searchsorted(begins[places], word_ends, side="left")
+        has_token = (firsts < behind) & (word_begins < word_ends)
+        places = np.append(places, 0)  # for words behind the last token
+        firsts, lasts = places[firsts], places[behind - 1]
+        if sub_tokens == "first":
+            lasts = firsts
+        elif sub_tokens == "last":
+            firsts = lasts
+        spans.append(np.stack([firsts, lasts + 1], axis=1) * has_token[:, None])
     return tokenized, spans
 
 
 def _gathering(
-    token_spans: Sequence[Sequence[Span | None]], first_rows: Sequence[int], seqlens: Sequence[int]
+    token_spans: Sequence[np.ndarray], first_rows: Sequence[int], seqlens: Sequence[int]
 ) -> tuple[torch.Tensor, ...]:
     """How a slab's states become words': the rows of the words that are read, and of each state that is added its place
     in the slab, its share, and where it is added: at twice the word's place among these rows, one more for the
     previous position. All int64 but the shares, float32.
     """
-    starts = np.concatenate([[0], np.cumsum(seqlens)])
-    found = [
-        (first_row + word, start + span[0], start + span[1], start)
-        for spans, first_row, start in zip(token_spans, first_rows, starts[:-1], strict=True)
-        for word, span in enumerate(spans)
-        if span is not None
-    ]
-    rows, firsts, ends, starts = np.array(found, dtype=np.int64).T
+    counts = [len(spans) for spans in token_spans]
+    rows = _ranges(np.array(first_rows), np.array(counts))
+    spans = np.concatenate(token_spans)
+    starts = np.repeat(np.cumsum([0, *seqlens])[:-1], counts)
+    is_read = spans[:, 0] < spans[:, 1]
+    rows, starts, spans = rows[is_read], starts[is_read], spans[is_read]
     parts = []
     for shift in (0, 1):
-        begins = np.maximum(firsts - shift, starts)
-        counts = ends - shift - begins
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        shares = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
-        parts.append((np.repeat(begins, counts) + within, shares, np.repeat(2 * np.arange(len(rows)) + shift, counts)))
+        begins = np.maximum(spans[:, 0] - shift, 0)
+        lengths = spans[:, 1] - shift - begins
+        shares = np.repeat(1.0 / np.maximum(lengths, 1), lengths).astype(np.float32)
+        parts.append((_ranges(starts + begins, lengths), shares, np.repeat(2 * np.arange(len(rows)) + shift, lengths)))
     gathered = [torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)]
     return torch.from_numpy(rows), *gathered
+
+
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The whole numbers of many ranges, one after the other."""
+    return np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())

@@ -7,7 +7,7 @@ Intervals are over sentences, of the mean over seeds.
 The protocol `bivec` trains on standardised states, chooses the epoch on the development part (a tenth of the training
 sentences where the data set has none, or where the development split is what is scored), and scores every word: one
 that the tokenizer drops or `max_length` cuts off has a state of zeros. Beside the model stand the tag that each word
-most often has in the training split, and probes of the last layer whose training labels are shuffled.
+most often has in the training split, and a probe of the last layer whose training labels are shuffled.
 
 The protocol `llm2vec` is the published one with its faults (BehnamGhader et al., arXiv 2404.05961, section 4, and
 experiments/run_word_task.py and test_word_task.py in McGill-NLP/llm2vec): each word is tokenised by itself, a head in
@@ -40,7 +40,7 @@ from .units import Scored
 TOKEN_ACCURACY, SPAN_F1 = "token accuracy", "span F1"
 MOST_FREQUENT, SHUFFLED = "most frequent tag", "shuffled labels"
 
-_PROBE = ProbeSettings(epochs=5, batch_size=512, learning_rate=3e-3)
+_PROBE = ProbeSettings(epochs=3, batch_size=512, learning_rate=2e-2)
 _LEAST_STEPS = 600  # of small data sets, for which an epoch is a few
 _LLM2VEC_PROBE = ProbeSettings(
     batch_size=8,
@@ -163,8 +163,9 @@ def _score(task: TaggingTask, settings: TaggingSettings, encoder: Encoder) -> li
             predicted: dict[str, list[np.ndarray]] = {system: [] for system in systems}
             for seed in settings.seeds:
                 name = f"{task.name}, layer {layer}, {read_out}, seed {seed}"
-                found = _probe(task, states.vectors(layer, read_out), roles, probe, seed, len(systems), name)
-                for system, tags in zip(systems, found, strict=True):
+                count = len(systems) if seed == settings.seeds[0] else 1
+                found = _probe(task, states.vectors(layer, read_out), roles, probe, seed, count, name)
+                for system, tags in zip(systems, found, strict=False):  # labels are shuffled once
                     predicted[system].append(tags)
             for system, each_seeds in predicted.items():
                 its_place: dict[str, Any] = {"layer": layer, "read_out": read_out, "probe": "linear"}
