@@ -32,12 +32,16 @@ def _blocks(findings: Findings, grid: Grid) -> Iterator[Table | Pictures]:
     yield from headline.differences()
     yield from headline.leads()
     yield from headline.breakdowns()
-    layers = {place.layer for places in grid.values() for place in places} - {None}
+    layers: dict[str, set[int]] = {}
+    for place in (place for places in grid.values() for place in places):
+        if place.layer is not None:
+            layers.setdefault(place.name, set()).add(place.layer)
+    has_curves = any(len(its) > 2 for its in layers.values())  # the last layers of two models make none
     if all(map(position_of, grid)):
         yield Pictures(headline.over_positions())
-    elif len(layers) <= 2:
+    elif not has_curves:
         yield Pictures(headline.panels())
-    if len(layers) > 2:
+    if has_curves:
         yield Pictures([_over_layers(findings, subject, places) for subject, places in grid.items()])
         for subject, places in grid.items():
             yield _layer_table(findings, subject, places)

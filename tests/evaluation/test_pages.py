@@ -19,11 +19,12 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
-    """The tables of a page as rows of texts, its pictures' alternative texts, and whether every tag is closed."""
+    """The tables of a page as rows of texts, its pictures' texts and alternatives, and whether every tag is closed."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.tables, self.alternatives, self.identifiers, self.open, self.tags = [], [], [], [], set()
+        self.drawn = []
         self.feed(text)
         self.close()
 
@@ -53,6 +54,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "td" in self.open or "th" in self.open:
             self.tables[-1][-1][-1] += data
+        if "text" in self.open:
+            self.drawn.append(data)
 
 
 def of_items(value_of: float, dataset="set", split="test", system="model", metric="accuracy", seed=0, **rest) -> Score:
@@ -293,6 +296,16 @@ def test_all_layers_stand_in_tables_and_in_a_picture_over_layers():
     assert f"{layers['deep'][4].value:.4f} at layer 4" in alternative
 
 
+def test_the_last_layers_of_models_of_unlike_depth_are_no_curve():
+    results = [
+        result(name, "sts", *(of_items(0.5, layer=layer, seed=layer) for layer in (0, last)))
+        for name, last in (("shallow", 2), ("deep", 5))
+    ]
+    page = html(*results)
+    assert "layer" not in {table[0][0] for table in page.tables}
+    assert f"deep {of_items(0.5, seed=5).value:.4f}; layer 0" in page.alternatives[0]
+
+
 def test_a_control_of_no_layer_is_beside_all_layers():
     layers = [of_items(0.5 + 0.1 * layer, layer=layer, seed=layer) for layer in range(4)]
     (alternative,) = html(result("m", "new-task", *layers, of_items(0.2, system="majority"))).alternatives
@@ -337,6 +350,7 @@ def test_names_out_of_files_are_shown_and_not_obeyed():
     other = result("plain", HOSTILE, replace(score, layer=2), replace(score, layer=3), replace(score, layer=4))
     page = html(hostile, other)
     assert "script" not in page.tags
+    assert any("$\\frac{1}{0}$" in text for text in page.drawn)
     assert any(HOSTILE in cell for table in page.tables for row in table for cell in row)
     text = markdown(hostile, other)
     assert "<" not in text.removeprefix(pages.MARK)
@@ -376,6 +390,7 @@ def test_the_same_results_give_the_same_bytes():
 def test_a_page_asks_for_nothing_from_elsewhere():
     text = pages.render([result("a", "sts", *(of_items(0.5, layer=layer) for layer in range(4)))], Path("r.html"))
     assert not re.search(r"(?:src|(?<!xlink:)href)=|url\((?!#)|@import|<script|<link", text.replace('href="#', ""))
+    assert set(re.findall(r'https?://[^"]*', text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "#07080" not in text  # a colour that the page does not know
 
 
