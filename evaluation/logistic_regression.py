@@ -4,8 +4,9 @@
 
 L-BFGS runs in coordinates in which the Hessian is about the identity. Where nothing is known but the classes' shares p,
 it is the Kronecker product of the features' covariance with diag(p) - p p^T, plus 1 / (C n): along the eigenvectors of
-both, scaled, two classes need five steps where in the features' own coordinates they need hundreds. Sparse features are
-scaled alone. The coordinates change how fast the optimum is found and not where it is.
+both, scaled, two classes need five steps where in the features' own coordinates they need hundreds. Sparse features
+keep their own, of one scale. The coordinates change how fast the optimum is found and not where it is; scikit-learn's
+solvers, which have none, take ten times as long to the same tolerance (TREC, six strengths: 44 s instead of 4.5).
 
 Shapes: n rows, E features, K outputs (1 of two classes, else as many as classes).
 """
@@ -83,9 +84,10 @@ class LogisticRegression:
             yield Classifier(weights, intercepts)
 
     def _basis(self, features: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Variances `(E,)` of the features and None, or along the columns of orthonormal vectors `(E, E)`."""
+        """Variances `(E,)` along the columns of orthonormal `(E, E)`; of sparse features the largest, and None."""
         if not isinstance(features, np.ndarray):
-            return np.asarray(features.multiply(features).mean(axis=0)).ravel(), None
+            variances = np.asarray(features.multiply(features).mean(axis=0)).ravel()
+            return np.full_like(variances, variances.max()), None
         if len(self._variances) != features.shape[1]:
             variances, self._vectors = np.linalg.eigh(features.T @ features / len(features))
             self._variances = variances.clip(min=0.0)
