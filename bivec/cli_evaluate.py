@@ -289,7 +289,7 @@ def evaluate_probing(
     """Probe what a word's frozen state tells of its meaning and its sentence.
 
     The lexical-semantic tasks of Feng et al. (2025) in the released layout, or some of them: animacy and class of verb
-    from each position of a sentence, lexical aspect, concreteness, sensorimotor norms.
+    from each position of a sentence, lexical aspect, concreteness, sensorimotor norms, Word-in-Context.
 
     Beside the model stand probes trained on shuffled labels, the word as a text of its own, the most frequent class,
     and layer 0, which knows a word but not its sentence. No probe is tested on a word that it learned from.

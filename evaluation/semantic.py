@@ -76,10 +76,10 @@ class Plan(NamedTuple):
     seed: int
 
 
-def read_units(settings: "EvaluateSettings") -> list[Unit]:
+def read_units(settings: "EvaluateSettings", *, needed: bool = True) -> list[Unit]:
     """A unit a task; raises as `semantic_files.read_tasks`, and ValueError where there are too few word types."""
     units = []
-    for task in read_tasks(Path(settings.data), settings.on_error):
+    for task in read_tasks(Path(settings.data), settings.on_error, needed=needed):
         try:
             plan = planned(task, settings.protocol, settings.seeds)
         except ValueError as error:
@@ -114,10 +114,10 @@ def planned(task: SemanticTask, protocol: str, num_seeds: int) -> Plan:
         raise ValueError(f"the protocol must be bivec or feng2025, got {protocol}")
     linear = replace(_PROBES[task.kind], hidden=())
     num_items = len(task.texts)
-    return Plan(roles, split, {"linear": _long_enough(linear, num_items), "mlp": _long_enough(probes, num_items)}, seed)
+    return Plan(roles, split, {"linear": long_enough(linear, num_items), "mlp": long_enough(probes, num_items)}, seed)
 
 
-def _long_enough(settings: ProbeSettings, num_items: int) -> ProbeSettings:
+def long_enough(settings: ProbeSettings, num_items: int) -> ProbeSettings:
     """More epochs where few rows would make too few steps."""
     if not settings.standardize:
         return settings
@@ -194,6 +194,10 @@ class Probing:
             num_seeds = self._shape[0]
             for system, its_predicted in zip(systems, (predicted[:num_seeds], predicted[num_seeds:]), strict=False):
                 self._add(system, its_predicted, layer=layer, read_out=read_out, probe=probe)
+
+    def answer(self, system: str, found: np.ndarray, **what: Any) -> None:
+        """Add the figure of classes `(P, N)` that no probe has given."""
+        self._add(system, self._of_all_folds(found, self._targets, self._roles), **what)
 
     def scores(self) -> list[Score]:
         """All figures with their intervals, those of as many items on the same resamples, which are drawn once."""

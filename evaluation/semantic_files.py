@@ -69,7 +69,7 @@ class SemanticTask(NamedTuple):
     """
 
     name: str
-    kind: Literal["context", "aspect", "concreteness", "norms"]
+    kind: Literal["context", "aspect", "concreteness", "norms", "pairs"]
     texts: list[str]
     spans: list[list[Span]]
     types: np.ndarray
@@ -92,11 +92,12 @@ class _Bad(ValueError):
     """Why a row is bad, without its place."""
 
 
-def read_tasks(folder: Path, on_error: OnError = "fail") -> list[SemanticTask]:
+def read_tasks(folder: Path, on_error: OnError = "fail", *, needed: bool = True) -> list[SemanticTask]:
     """All tasks whose files are in `folder` or in a folder within it.
 
     Raises:
-        FileNotFoundError: there is none, or a context probe lacks one of its two files; says what was looked for.
+        FileNotFoundError: one is `needed` and there is none, or a context probe lacks one of its two files; says what
+            was looked for.
         ValueError: a row is malformed, with its file and line, unless these are left out; or a file stands in two
             places.
     """
@@ -126,9 +127,11 @@ def read_tasks(folder: Path, on_error: OnError = "fail") -> list[SemanticTask]:
         tasks.append(_task("concreteness", "concreteness", *found))
     if path := find(NORMS):
         tasks.append(_norms(path, on_error))
-    if not tasks:
+    if needed and not tasks:
         wanted = [f"{name}/train.txt" for name in CONTEXT_PROBES] + [f"{name}_train.txt" for name in ASPECTS]
-        raise FileNotFoundError(f"no probing task in {folder}: looked for {', '.join([*wanted, CONCRETENESS, NORMS])}")
+        raise FileNotFoundError(
+            f"no probing task in {folder}: looked for {', '.join([*wanted, CONCRETENESS, NORMS])}, test.data.txt"
+        )
     return tasks
 
 

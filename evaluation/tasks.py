@@ -12,7 +12,7 @@ from .. import __version__
 from ..engine.config import BIDIRECTIONAL, CAUSAL
 from ..engine.encoder import Encoder
 from ..engine.outputs import open_output
-from . import anisotropy, classification, generation, semantic, sts, tagging, word_similarity
+from . import anisotropy, classification, generation, semantic, sts, tagging, word_in_context, word_similarity
 from .baselines import TFIDF, TOKEN_AVERAGE, tfidf, token_averages
 from .report import Report, fingerprint, is_report
 from .splits import Split
@@ -238,6 +238,11 @@ def _words(settings: EvaluateSettings) -> list[Unit]:
     )
 
 
+def _probing(settings: EvaluateSettings) -> list[Unit]:
+    pairs = word_in_context.read_units(settings)
+    return [*semantic.read_units(settings, needed=not pairs), *pairs]
+
+
 _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "sts": _sts,
     "classification": _classification,
@@ -247,7 +252,7 @@ _TASKS: dict[Task, Callable[[EvaluateSettings], list[Unit]]] = {
     "pos": partial(_tagging, "pos"),
     "ner": partial(_tagging, "ner"),
     "words": _words,
-    "probing": semantic.read_units,
+    "probing": _probing,
 }
 
 

@@ -145,7 +145,7 @@ def test_one_token_alone_has_one_vector_before_it_under_a_causal_mask(run, tmp_p
     folder = tmp_path / "pairs"
     folder.mkdir()
     (folder / "single.txt").write_text("o x 1\nd f 2\nf o 3\nx d 4\nx f 2.5\n")
-    (folder / "mixed.txt").write_text("o x 1\nd f 2\nf o 3\nx d 4\nxylograph f 2.5\n")
+    (folder / "mixed.txt").write_text("o x 1\nd f 2\nf o 3\nx d 4\nxo f 2.5\n")
     printed, _ = run(folder, "--window", "causal", "--layers", "all")
     report = json.loads((tmp_path / "report.json").read_text())
     undefined = [score["value"] for score in report["scores"] if is_previous(score, "single")]
