@@ -97,10 +97,10 @@ def test_a_causal_encoder_is_measured_under_its_own_mask(tiny_llama_folder, text
     figures = []
     for window in ((-1, -1), (-1, 0)):
         scores = evaluate(Encoder.from_pretrained(tiny_llama_folder, dtype="float32", window=window), held_out, [0])
-        figures.append({score.key: score.value for score in scores})
-    for key, value in figures[0].items():
-        *_, metric, layer = key
-        assert (figures[1][key] == pytest.approx(value, abs=1e-6)) == (metric == "readiness" or layer == 0)
+        figures.append({(score.metric, score.layer): score.value for score in scores})
+    for (metric, layer), value in figures[0].items():
+        is_same = figures[1][metric, layer] == pytest.approx(value, abs=1e-6)
+        assert is_same == (metric == "readiness" or layer == 0)
 
 
 def test_too_few_texts_are_refused(encoder):
