@@ -113,7 +113,7 @@ def test_other_rows_change_no_prediction(states, roles, num_classes):
 
 
 def test_each_probe_keeps_its_own_best_epoch():
-    probes = Probes([2, 3], torch.zeros(3, 2), torch.ones(3, 2), torch.Generator())
+    probes = Probes([2, 3], torch.zeros(3, 2), torch.ones(3, 2), [0, 0, 0], torch.Generator())
     best = Best(probes)
     for epoch, losses in enumerate([[3.0, 1.0, torch.nan], [2.0, 2.0, torch.nan], [2.5, 3.0, torch.nan]]):
         with torch.no_grad():

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bivec.engine.checkpoints import resolve
 from bivec.training import checkpoint, loop
 from bivec.training.loop import _Run
 from bivec.training.passes import activation_bytes
+from bivec.training.preparation import prepare
 
 pytest.importorskip("triton")
 from bivec.benchmarks.fake_cuda import FakeCuda  # the device's kernels are Triton's
@@ -51,7 +51,7 @@ def make_run(make_settings, checkpoint_folders, tmp_path):
         process = SimpleNamespace(device=device, is_main_process=True, process_index=0, num_processes=1)
         process.end_training = lambda: None
         (tmp_path / "run").mkdir()
-        run = _Run(settings, process, tmp_path / "run", resolve(settings.model), None)
+        run = _Run(prepare(settings, device), process, tmp_path / "run", None)
         run.open_output()
         return run
 
@@ -62,11 +62,11 @@ def make_run(make_settings, checkpoint_folders, tmp_path):
 def test_no_step_waits_for_the_device(fake, make_run, stage, changes):
     """But for the figures of the step before it, which are on the host already when the next one is launched."""
     run = make_run(stage, **changes)
-    prepare = run.stage.objective.prepare
-    run._launch_step(prepare(0))
+    batch_of = run.stage.objective.prepare
+    run._launch_step(batch_of(0))
     with fake.section() as section:
         for step in (1, 2):
-            run._launch_step(prepare(step))
+            run._launch_step(batch_of(step))
             run._settle(run.behind)
     assert [hazard[:2] for hazard in section.hazards] == [("sync", "Event.synchronize")] * 2, section.hazards
     assert section.counts.triton > 2 * 10
