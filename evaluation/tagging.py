@@ -40,6 +40,7 @@ from .units import Scored
 TOKEN_ACCURACY, SPAN_F1 = "token accuracy", "span F1"
 MOST_FREQUENT, SHUFFLED = "most frequent tag", "shuffled labels"
 
+# chosen on a tenth of CoNLL-2000's training sentences: ten epochs at 1e-2 gain .002 to .004 in three times the time
 _PROBE = ProbeSettings(epochs=3, batch_size=512, learning_rate=2e-2)
 _LEAST_STEPS = 600  # of small data sets, for which an epoch is a few
 _LLM2VEC_PROBE = ProbeSettings(
