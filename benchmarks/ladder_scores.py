@@ -231,7 +231,7 @@ def _over_seeds(runs: Runs, key: Key) -> dict[str, Any]:
     return mean | {"seeds": _by_seed(scores)}
 
 
-def _by_seed(found: Mapping[int | None, Score | Difference]) -> dict[str, dict[str, float | None]]:
+def _by_seed(found: Mapping[int | None, Score]) -> dict[str, dict[str, float | None]]:
     return {str(seed): _estimate(each) for seed, each in found.items()}
 
 
@@ -249,6 +249,8 @@ def _difference(runs: Runs, key: Key, other: Runs, other_key: Key) -> dict[str, 
     found = _estimate(ours.over(theirs))
     if len(runs) == 1:
         return found
-    each = _by_seed({seed: one.values.over(its.values) for seed, (one, its) in zip(runs, pairs, strict=True)})
-    signs = {np.sign(difference["value"] or 0.0) for difference in each.values()}
+    each = {
+        str(seed): _rounded(one.values.over(its.values).value) for seed, (one, its) in zip(runs, pairs, strict=True)
+    }
+    signs = {np.sign(difference or 0.0) for difference in each.values()}
     return found | {"seeds": each, "same_sign": len(signs) == 1}
