@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,15 +77,15 @@ def draw(rows: list[Row], names: tuple[str, str], path: Path) -> bytes:
     """
     figure_module = needed("matplotlib.figure", "matplotlib", "the picture")  # no pyplot: it would look for a display
     # a panel a metric: a perplexity would flatten every share
-    panels: dict[str, list[Row]] = {}
+    panels: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        panels.setdefault(row.known.metric, []).append(row)
+        panels.setdefault((row.known.metric, row.known.layer is None), []).append(row)
     figure = figure_module.Figure(figsize=(8, 1 + 2.2 * len(panels)), layout="constrained")
-    for axis, (metric, its_rows) in zip(
+    for axis, ((metric, is_of_no_layer), its_rows) in zip(
         figure.subplots(len(panels), 1, squeeze=False).flat, panels.items(), strict=True
     ):
         axis.set_title(metric)
-        draw_panel = _draw_points if its_rows[0].known.layer is None else _draw_lines
+        draw_panel = _draw_points if is_of_no_layer else _draw_lines
         draw_panel(axis, its_rows, names)
         axis.legend()
     picture = io.BytesIO()
@@ -106,9 +107,15 @@ def is_picture(path: Path) -> bool:
 
 
 def _draw_lines(axis: Any, rows: list[Row], names: tuple[str, str]) -> None:
-    for place, name in enumerate(names):
-        scores = [row.scores[place] for row in rows]
-        axis.plot([score.layer for score in scores], [score.value for score in scores], marker=".", label=name)
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(replace(row.known, layer=None).key, []).append(row)
+    for its_rows in lines.values():
+        for place, name in enumerate(names):
+            scores = [row.scores[place] for row in its_rows]
+            label = name if its_rows[0] is rows[0] else None  # a model's lines share its colour
+            values = [score.value for score in scores]
+            axis.plot([score.layer for score in scores], values, marker=".", color=f"C{place}", label=label)
     axis.set_xlabel("layer")
 
 

@@ -187,7 +187,7 @@ def _of_several_targets(metric: str, items: dict[str, list[float]]) -> Iterator[
     """The correlation of `gold NAME` with each seed's `predicted SEED NAME`, of all names.
 
     Spearman's is Pearson's of ranks among all items: to rank them anew in each resample takes minutes for some dozens
-    of columns, and moves the intervals by less than a hundredth.
+    of columns. It moves the bounds of 300 items by less than a hundredth, those of 30 by up to 0.06.
     """
     columns = {name: ranks(column) if metric == "spearman" else column for name, column in items.items()}
     for name, predicted in columns.items():

@@ -145,7 +145,9 @@ def _task(name: str, kind: Tags, split: Split, parts: dict[str, TaggedSentences]
 
 def score(task: TaggingTask, settings: TaggingSettings, encoder: Encoder) -> Scored:
     """Every layer's and read-out's figures by the protocol, and the controls'."""
-    return Scored((_score if settings.protocol == "bivec" else _score_as_llm2vec)(task, settings, encoder))
+    scores = (_score if settings.protocol == "bivec" else _score_as_llm2vec)(task, settings, encoder)
+    lost = ", ".join(f"{count:,} of {split}" for split, count in task.left_out.items())
+    return Scored(scores, notes=[f"{task.name}: malformed sentences are left out, {lost}"] if lost else [])
 
 
 def _score(task: TaggingTask, settings: TaggingSettings, encoder: Encoder) -> list[Score]:

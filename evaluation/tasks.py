@@ -92,6 +92,8 @@ def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lamb
         OSError: the report cannot be written.
     """
     if settings.output is None:
+        if settings.resume:
+            raise ValueError("resume needs an output, beside which what is scored is kept")
         report = _evaluate(settings)
         show(report)
         return report

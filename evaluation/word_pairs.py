@@ -10,9 +10,11 @@ shows in its first row:
 """
 
 import csv
+import gzip
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -98,6 +100,8 @@ def _read(name: str, path: Path, on_error: Literal["fail", "skip"]) -> WordPairs
                 raise faults[0]
     except Unreadable as error:
         raise ValueError(f"{path}: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: the file cannot be read: {error}") from error
     if not pairs:
         raise ValueError(f"{path}: no pair of words stands in it" + (f", first: {faults[0]}" if faults else ""))
     if faults:

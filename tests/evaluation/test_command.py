@@ -281,3 +281,9 @@ def test_reports_of_two_tasks_are_not_compared(tmp_path):
     found = invoke("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert found.exit_code == 2
     assert found.stderr == "error: both reports must be of one task, got sts and generation\n"
+
+
+def test_resuming_needs_an_output(similarity_folder):
+    found = invoke("sts", "--data", similarity_folder, "--resume")
+    assert found.exit_code == 2
+    assert "resume needs an output" in found.output

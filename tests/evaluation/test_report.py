@@ -5,13 +5,14 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bivec.engine.outputs import open_output
 from bivec.evaluation import comparison, extras
-from bivec.evaluation.comparison import compare, draw, is_picture
+from bivec.evaluation.comparison import _draw_lines, compare, draw, is_picture
 from bivec.evaluation.report import Report, Score, fingerprint, is_report, statistic_of, table
 from bivec.evaluation.statistics import Difference, paired_difference, spearman
 
@@ -229,6 +230,21 @@ def test_the_picture_has_a_panel_a_metric(tmp_path, suffix):
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     if suffix == ".svg":
         assert [f"<!-- {title} -->".encode() in content for title in ("spearman", "pearson", "readiness")] == [True] * 3
+
+
+def test_each_figure_over_layers_has_a_line_of_its_own():
+    places = [(layer, read_out) for layer in (0, 1, 2) for read_out in ("token", "previous")]
+    scores = [
+        Score("set", "test", "model", "accuracy", 0.1 * layer, layer=layer, read_out=read_out)
+        for layer, read_out in places
+    ]
+    report = make_report(Score("set", "test", "majority", "accuracy", 0.5), *scores)
+    rows = compare(report, report).rows
+    drawn = []
+    axis = SimpleNamespace(plot=lambda layers, values, **_: drawn.append(layers), set_xlabel=lambda _: None)
+    _draw_lines(axis, rows[1:], ("a", "b"))
+    assert drawn == [[0, 1, 2]] * 4
+    assert b"<!-- layer -->" in draw(rows, ("a", "b"), Path("picture.svg"))
 
 
 def test_an_unknown_format_is_refused(tmp_path):

@@ -74,6 +74,13 @@ def test_states_that_hold_the_label_give_it_and_others_do_not(run):
             assert found[read_out, 3, "shuffled labels"] < 0.75
 
 
+def test_sentences_that_are_left_out_are_told(run, folder):
+    with (folder / "train.txt").open("a") as file:
+        file.write("\n\nfox NN\n")
+    report = run("pos", "--seeds", "1", "--read-out", "token", "--on-error", "skip")
+    assert report.notes == ["small: malformed sentences are left out, 1 of train"]
+
+
 def test_the_published_protocol(run):
     report = run("chunking", "--protocol", "llm2vec")
     (found,) = report.scores

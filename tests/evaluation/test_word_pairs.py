@@ -51,6 +51,12 @@ def test_several_files_are_data_sets_and_notes_are_none(tmp_path):
         read_folder(tmp_path)
 
 
+def test_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"old new 1\n" * 50)[:-9])
+    with pytest.raises(ValueError, match=r"a\.txt\.gz: the file cannot be read: "):
+        read_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
