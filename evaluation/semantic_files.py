@@ -225,6 +225,8 @@ def _read(
     for number, line in _lines(path):
         try:
             fields = next(csv.reader([_text(line)], **dialect), [])
+            if not "".join(fields).strip():
+                continue
             if header and names is None:
                 _check_header(fields, header)
                 names = fields

@@ -60,6 +60,11 @@ def test_a_context_probe_is_read_at_five_positions_of_both_files(folder, write):
     assert objects.counts == {"rows that repeat another": 1}
 
 
+def test_blank_lines_are_no_rows(one):
+    task = one(ASPECT, "0\tThe god ate it .\tate\t2\t1", "", "1\tHe slept .\tslept\t1\t0", " ")
+    assert task.targets.tolist() == [[1, 0]]
+
+
 def test_a_verb_is_where_its_index_points_or_nearest_to_it(one):
     task = one(
         ASPECT,
