@@ -150,6 +150,7 @@ def _model_folder(folder: Path, base: str, num_layers: int) -> None:
     copy_tokenizer(DEFAULT_MODEL, folder)
     values = _SMALL | CONFIGURATIONS[base] | {"num_hidden_layers": num_layers}
     (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors").touch()
 
 
 @contextmanager

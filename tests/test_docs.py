@@ -70,7 +70,8 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
 def test_commands_have_their_options(page):
     for command, given in commands(page):
         assert set(given) <= options(command), command
-    known = set.union(*map(options, ("", "embed", "export", "inspect", "train", "evaluate sts", "benchmark embed")))
+    names = ("", "embed", "export", "inspect", "train", "evaluate sts", "evaluate ner", "benchmark embed")
+    known = set.union(*map(options, names))
     for text in re.findall(r"`([^`]*)`", re.sub(BLOCK, "", page)):
         text = re.sub("^.*-m bivec.cli", "bivec", text, flags=re.DOTALL)
         named = re.match(r"bivec ((?:train |evaluate |benchmark )?[a-z]+)", text)
