@@ -389,7 +389,7 @@ def test_its_tokenizer_is_a_llamas(tiny_llama_folder, fresh_llama_folder, caplog
     """Though transformers knows no such type, and would say so."""
     ours = load(nvidia(fresh_llama_folder)).tokenizer
     assert type(ours) is type(load(tiny_llama_folder).tokenizer)
-    assert not caplog.records
+    assert {record.name for record in caplog.records} <= {"bivec.engine.lengths"}
 
 
 @pytest.mark.parametrize(
