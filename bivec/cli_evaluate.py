@@ -84,25 +84,7 @@ def evaluate_labelled(
 
     Example: bivec evaluate sts --model runs/simcse --data stsb --split dev --output simcse.json
     """
-    _evaluate(
-        task=context.info_name,
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        pooling=pooling,
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        seeds=seeds,
-        split=split,
-        baseline=baseline,
-        on_error=on_error,
-    )
+    _evaluate(context)
 
 
 @evaluation.command("generation")
@@ -130,22 +112,7 @@ def evaluate_unlabelled(
 
     Example: bivec evaluate generation --model runs/mntp --data held-out.txt --output mntp.json
     """
-    _evaluate(
-        task=context.info_name,
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        seeds=seeds,
-        num_texts=num_texts,
-    )
+    _evaluate(context)
 
 
 @evaluation.command("chunking")
@@ -189,31 +156,12 @@ def evaluate_tagging(
 
     Example: bivec evaluate chunking --model runs/mntp --data conll2000 --output mntp.json
     """
-    _evaluate(
-        task=context.info_name,
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        seeds=seeds,
-        split=split,
-        layers=layers,
-        read_out=read_out,
-        sub_tokens=sub_tokens,
-        protocol=protocol,
-        on_error=on_error,
-    )
+    _evaluate(context)
 
 
 @evaluation.command("words")
 def evaluate_words(
+    context: typer.Context,
     data: Data,
     model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
@@ -243,28 +191,12 @@ def evaluate_words(
 
     Example: bivec evaluate words --model runs/mntp --data word-sim --layers all --output words.json
     """
-    _evaluate(
-        task="words",
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        layers=layers,
-        read_out=read_out,
-        sub_tokens=sub_tokens,
-        on_error=on_error,
-    )
+    _evaluate(context)
 
 
 @evaluation.command("probing")
 def evaluate_probing(
+    context: typer.Context,
     data: Data,
     model: Model = str(DEFAULT_MODEL),
     adapter: Adapters = None,
@@ -296,35 +228,20 @@ def evaluate_probing(
 
     Example: bivec evaluate probing --model runs/mntp --data semantic-probing/data --output mntp.json
     """
-    _evaluate(
-        task="probing",
-        data=data,
-        model=model,
-        adapters=tuple(adapter or ()),
-        max_length=max_length,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        window=window,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        seeds=seeds,
-        layers=layers,
-        read_out=read_out,
-        sub_tokens=sub_tokens,
-        protocol=protocol,
-        on_error=on_error,
-    )
+    _evaluate(context)
 
 
-def _evaluate(**settings: Any) -> None:
+def _evaluate(context: typer.Context) -> None:
+    """Run the task that the command is called, whose options are the settings' fields."""
+    settings: dict[str, Any] = dict(context.params)
+    adapters = tuple(settings.pop("adapter") or ())
     with one_line_errors():
         from .evaluation.report import table
         from .evaluation.tasks import EvaluateSettings, evaluate
 
         warn_of_default(settings["model"])
-        evaluate(EvaluateSettings(**settings), show=lambda report: echo("\n".join(table(report))))
+        found = EvaluateSettings(task=context.info_name, adapters=adapters, **settings)  # type: ignore[arg-type]
+        evaluate(found, show=lambda report: echo("\n".join(table(report))))
 
 
 @evaluation.command()

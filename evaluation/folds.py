@@ -7,6 +7,7 @@ import numpy as np
 
 from .probes import DEVELOPMENT, TEST, TRAIN, UNUSED
 
+SHUFFLED = "shuffled labels"  # the control that is called so
 FOLDS = 5
 PARTS_A_FOLD = 2  # so that the development rows are half as many as the test rows: 70 : 10 : 20
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from ..engine.encoder import Encoder
-from .folds import FOLDS, grouped_folds, random_split, shuffled, without
+from .folds import FOLDS, SHUFFLED, grouped_folds, random_split, shuffled, without
 from .probes import TEST, TRAIN, Kind, ProbeSettings, Problem, train_and_predict
 from .report import Score, fingerprint, statistic_of
 from .semantic_files import DIMENSIONS, SemanticTask, read_tasks
@@ -42,7 +42,6 @@ from .units import Scored, Unit
 if TYPE_CHECKING:
     from .tasks import EvaluateSettings
 
-SHUFFLED = "shuffled labels"
 _SMALL, _LARGE = (20, 10), (40, 20)  # hidden layers, of the paper
 _PROBES: dict[str, ProbeSettings] = {
     "context": ProbeSettings(_SMALL, batch_size=512, epochs=4, learning_rate=1e-2),

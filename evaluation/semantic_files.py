@@ -24,7 +24,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,9 +32,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..texts.files import is_file
-from ..texts.formats import lines
-from ..texts.rows import Fault, InputFile, Unreadable, decoded
+from ..texts.rows import Fault
+from .bad_rows import OnError
 from .states import Span
+from .text_lines import text_lines
 
 CONTEXT_PROBES = {"subject_animacy": 2, "verb_causative": 3, "verb_dynamic": 3, "object_animacy": 5}
 ASPECTS = ("telicity", "duration")
@@ -46,7 +47,6 @@ DIMENSIONS = (*SENSES, *EFFECTORS)
 _CONCRETENESS_COLUMNS = ("TARGET", "INDEX", "TEXT", "AVG")
 _NORMS_COLUMNS = ("word", "sentence", *(f"{dimension}.M" for dimension in DIMENSIONS))
 
-OnError = Literal["fail", "skip"]
 _COMMAS: dict[str, Any] = {"strict": True}
 _TABS: dict[str, Any] = {"strict": True, "delimiter": "\t"}
 _PLAIN_TABS: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -222,9 +222,11 @@ def _read(
     names: list[str] | None = None
     rows: list[Row] = []
     counts: Counter[str] = Counter()
-    for number, line in _lines(path):
+    for number, line in text_lines(path):
         try:
-            fields = next(csv.reader([_text(line)], **dialect), [])
+            if isinstance(line, Fault):
+                raise _Bad(line)
+            fields = next(csv.reader([line], **dialect), [])
             if not "".join(fields).strip():
                 continue
             if header and names is None:
@@ -244,20 +246,6 @@ def _read(
     if not rows:
         raise ValueError(f"{path}: no labelled word stands in it")
     return rows, counts
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes | Fault]]:
-    try:
-        yield from lines(InputFile(path, path.name, "txt", compressed=False))
-    except Unreadable as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _text(line: bytes | Fault) -> str:
-    text = line if isinstance(line, Fault) else decoded(line)
-    if isinstance(text, Fault):
-        raise _Bad(text)
-    return text.rstrip("\r\n")
 
 
 def _check_header(fields: list[str], wanted: Sequence[str]) -> None:

@@ -13,18 +13,17 @@ UTF-8, and may be gzipped (.gz).
 """
 
 import re
-import zlib
 from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..texts.formats import lines
-from ..texts.rows import Fault, InputFile, Unreadable, decoded
+from ..texts.rows import Fault
+from .bad_rows import OnError
 from .splits import find_splits
+from .text_lines import text_lines
 
 Tags = Literal["chunking", "pos", "ner"]
-OnError = Literal["fail", "skip"]
 NAMES: dict[Tags, str] = {"chunking": "chunk tags", "pos": "POS tags", "ner": "entity tags"}
 
 _CONLLU = (".conllu", ".conllu.gz")
@@ -229,7 +228,7 @@ def _conllu_words(block: list[Line]) -> list[Word]:
 def _blocks(path: Path) -> Iterator[list[Line]]:
     """Runs of lines that are not blank."""
     block: list[Line] = []
-    for number, text in _lines(path):
+    for number, text in text_lines(path):
         if isinstance(text, Fault) or text.strip():
             block.append((number, text))
         elif block:
@@ -237,14 +236,3 @@ def _blocks(path: Path) -> Iterator[list[Line]]:
             block = []
     if block:
         yield block
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    try:
-        for number, line in lines(InputFile(path, path.name, "txt", compressed=path.suffix == ".gz")):
-            text = line if isinstance(line, Fault) else decoded(line)
-            yield number, text if isinstance(text, Fault) else text.removesuffix("\n").removesuffix("\r")
-    except Unreadable as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: the file cannot be read: {getattr(error, 'strerror', None) or error}") from error

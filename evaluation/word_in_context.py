@@ -26,15 +26,15 @@ import numpy as np
 import torch
 
 from ..engine.encoder import Encoder
-from ..texts.formats import lines
-from ..texts.rows import Fault, InputFile, RowError, Unreadable, decoded
-from .folds import FOLDS, grouped_folds, random_split, without
+from ..texts.rows import Fault, RowError
+from .folds import FOLDS, SHUFFLED, grouped_folds, random_split, without
 from .probes import DEVELOPMENT, TRAIN, Kind, ProbeSettings
 from .report import Score, fingerprint
-from .semantic import SHUFFLED, Plan, Probing, long_enough
+from .semantic import Plan, Probing, long_enough
 from .semantic_files import SemanticTask
 from .states import ReadOut, Span, Words, WordStates, chosen_layers, word_states
 from .sts import cosines
+from .text_lines import text_lines
 from .units import Scored, Unit
 
 if TYPE_CHECKING:
@@ -149,11 +149,7 @@ def _label(line: str | Fault) -> int | Fault:
 
 
 def _lines(path: Path) -> list[str | Fault]:
-    try:
-        found = [line for _, line in lines(InputFile(path, path.name, "txt", compressed=False))]
-    except Unreadable as error:
-        raise ValueError(f"{path}: {error}") from error
-    texts = [line if isinstance(line, Fault) else decoded(line.rstrip(b"\r\n")) for line in found]
+    texts = [text for _, text in text_lines(path)]
     while texts and not texts[-1].strip():
         texts.pop()
     return texts

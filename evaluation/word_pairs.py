@@ -10,23 +10,22 @@ shows in its first row:
 """
 
 import csv
-import gzip
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..engine.encoder import Encoder
 from ..engine.tokens import TextTokenizer
 from ..texts.files import is_file
-from ..texts.formats import lines
-from ..texts.rows import Fault, InputFile, RowError, Unreadable, decoded
+from ..texts.rows import Fault, RowError
+from .bad_rows import OnError
 from .states import Span, Words
+from .text_lines import text_lines
 
 EXTENSIONS = (".txt", ".tsv", ".csv")
 CONTEXT_COLUMNS = 18
@@ -60,7 +59,7 @@ class _Pair(NamedTuple):
     contexts: tuple[tuple[str, Span], ...] = ()
 
 
-def read_folder(folder: Path, on_error: Literal["fail", "skip"] = "fail") -> list[WordPairs]:
+def read_folder(folder: Path, on_error: OnError = "fail") -> list[WordPairs]:
     """Every data set in `folder`, sorted by name.
 
     Raises:
@@ -87,21 +86,16 @@ def read_folder(folder: Path, on_error: Literal["fail", "skip"] = "fail") -> lis
     return [_read(name, path, on_error) for name, path in sorted(paths.items())]
 
 
-def _read(name: str, path: Path, on_error: Literal["fail", "skip"]) -> WordPairs:
+def _read(name: str, path: Path, on_error: OnError) -> WordPairs:
     pairs: list[_Pair] = []
     faults: list[RowError] = []
-    try:
-        for line, pair in _rows(path):
-            if isinstance(pair, _Pair):
-                pairs.append(pair)
-                continue
-            faults.append(RowError(f"{path}:{line}: {pair}"))
-            if on_error == "fail":
-                raise faults[0]
-    except Unreadable as error:
-        raise ValueError(f"{path}: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: the file cannot be read: {error}") from error
+    for line, pair in _rows(path):
+        if isinstance(pair, _Pair):
+            pairs.append(pair)
+            continue
+        faults.append(RowError(f"{path}:{line}: {pair}"))
+        if on_error == "fail":
+            raise faults[0]
     if not pairs:
         raise ValueError(f"{path}: no pair of words stands in it" + (f", first: {faults[0]}" if faults else ""))
     if faults:
@@ -139,10 +133,8 @@ def _rows(path: Path) -> Iterator[tuple[int, _Pair | Fault]]:
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str] | Fault]]:
     """Each line's fields; none for one that is blank."""
-    file = InputFile(path, path.name, "txt", compressed=path.suffix == ".gz")
     is_csv = path.name.removesuffix(".gz").endswith(".csv")
-    for number, line in lines(file):
-        text = line if isinstance(line, Fault) else decoded(line)
+    for number, text in text_lines(path):
         if isinstance(text, Fault):
             yield number, text
         elif not text.strip():
@@ -153,7 +145,7 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str] | Fault]]:
             except csv.Error as error:
                 yield number, Fault(f"invalid CSV: {error}")
         else:
-            yield number, text.rstrip("\r\n").split("\t") if "\t" in text else text.split()
+            yield number, text.split("\t") if "\t" in text else text.split()
 
 
 def _header(fields: Sequence[str], place: str) -> tuple[int, int, int] | None:
