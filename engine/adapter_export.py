@@ -23,11 +23,11 @@ from .adapter_config import ADAPTER_CONFIG, RESIDUAL_INITS
 from .adapters import WRAPPER, add_adapters, initial_factors
 from .checkpoints import ADAPTER_FILES, Checkpoint, resolve
 from .config import ModelConfig, load_config
+from .dtypes import DTYPES
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .lengths import text_length
 from .model import LlamaModel
 from .modules import MAX_LENGTH_FILE, PROMPTS_FILE
-from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import read_prompts
 from .run_folder import RUN_FILE

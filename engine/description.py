@@ -10,9 +10,9 @@ import torch
 
 from .checkpoints import Checkpoint
 from .config import ModelConfig, Window
+from .dtypes import ComputeDtype
 from .fingerprint import fingerprint
 from .model import LlamaModel
-from .ops import choose_dtype
 from .runner import Runner
 from .slabs import Slabs
 from .tokens import Rejected, Tokenized
@@ -33,7 +33,7 @@ class Described(Protocol):
     backend_reason: str
     prompts: dict[str, str]
     default_prompt_name: str | None
-    asked_dtype: str | torch.dtype
+    compute_dtype: ComputeDtype
     self_test: dict[str, str]
 
     def encode_tokenized(
@@ -63,7 +63,6 @@ def describe(encoder: Described) -> dict[str, Any]:
     windows = sorted(set(encoder.windows))
     activations = runner.pass_bytes(encoder.slabs.tokens)
     heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
-    _, why = choose_dtype(encoder.asked_dtype, encoder.device)
     return {
         "model": {
             "name": checkpoint.name,
@@ -91,7 +90,7 @@ def describe(encoder: Described) -> dict[str, Any]:
         },
         "backend": {
             "device": _device_name(encoder.device),
-            "dtype": f"{str(encoder.dtype).removeprefix('torch.')}: {why}",
+            "dtype": f"{encoder.compute_dtype.name}: {encoder.compute_dtype.reason}",
             "attention": f"{runner.backend}: {encoder.backend_reason}" if encoder.backend_reason else runner.backend,
             "equal-length attention": f"one by one: {runner.one_by_one}" if runner.one_by_one else "batched",
             "cores a pass": f"1: {runner.one_core}" if runner.one_core else "any number, with the same bits",
@@ -127,7 +126,7 @@ def identity(encoder: Described) -> dict[str, Any]:
         "template": list(encoder.template),
         "normalize": encoder.normalize,
         "max_length": encoder.max_length,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": encoder.compute_dtype.name,
         "backend": encoder.backend,
         "device": f"{encoder.device.type}: {device}",
         "row_tiles": list(encoder.runner.tiles),

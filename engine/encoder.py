@@ -16,6 +16,7 @@ from . import checkpoints, ops
 from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
+from .dtypes import ComputeDtype, choose_dtype
 from .fastest import fastest_backend
 from .lengths import text_length
 from .model import LanguageModel, LlamaModel
@@ -51,7 +52,7 @@ class Encoder:
         pooling: str,
         backend: str,
         window: Window = BIDIRECTIONAL,
-        asked_dtype: str | torch.dtype = "auto",
+        compute_dtype: ComputeDtype,
         backend_reason: str = "",
         normalize: bool = False,
     ):
@@ -63,7 +64,7 @@ class Encoder:
         self.prompts, self.default_prompt_name = model_prompts(checkpoint)
         self._tokenizer = tokenizer
         self.backend, self.backend_reason = backend, backend_reason
-        self.asked_dtype = asked_dtype
+        self.compute_dtype = compute_dtype
         self.windows = self.config.windows(window)
         self.runner = Runner(model, backend, self.windows)
         self.self_test = check_mask(self.runner, self.config, self.windows)
@@ -120,23 +121,23 @@ class Encoder:
             ValueError, FileNotFoundError: naming the file or argument and what was expected.
         """
         chosen_device = ops.choose_device(device)
-        chosen_dtype, _ = ops.choose_dtype(dtype, chosen_device)
         if pooling is not None and pooling not in POOLING_MODES:
             raise ValueError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
         hub = checkpoints.HubOptions(revision, token, cache_dir, local_files_only)
         checkpoint = checkpoints.resolve(DEFAULT_MODEL if model is None else model, adapters, hub)
         config = load_config(checkpoint.base)
+        compute_dtype = choose_dtype(dtype, chosen_device, config)
         if attention == "auto":
-            backend, backend_reason = fastest_backend(config, chosen_device, chosen_dtype)
+            backend, backend_reason = fastest_backend(config, chosen_device, compute_dtype.floats)
         else:
-            backend = ops.choose_backend(attention, chosen_device, chosen_dtype, config.head_dim)
+            backend = ops.choose_backend(attention, chosen_device, compute_dtype.floats, config.head_dim)
             backend_reason = "asked for"
         max_length = text_length(checkpoint, config, max_length)
         run = checkpoint.description
         tokenizer = TextTokenizer.described(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length, run)
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
-            llama = load_merged(checkpoint, config, chosen_dtype).to(chosen_device).eval()
+            llama = load_merged(checkpoint, config, compute_dtype.floats).to(chosen_device).eval()
             return cls(
                 llama,
                 tokenizer,
@@ -144,7 +145,7 @@ class Encoder:
                 pooling=pooling or run.pooling,
                 backend=backend,
                 window=window or run.window,
-                asked_dtype=dtype,
+                compute_dtype=compute_dtype,
                 backend_reason=backend_reason,
                 normalize=run.normalize,
             )

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from .adapters import load_merged
 from .checkpoints import Checkpoint, resolve
 from .config import BIDIRECTIONAL, load_config
+from .dtypes import DTYPES
 from .export_config import exported_config
 from .export_tokenizer import check_tokenizer, write_json, write_tokenizer
 from .lengths import text_length
 from .model import LlamaModel
 from .modules import LEGACY_MODES, MAX_LENGTH_FILE, MODES
-from .ops import DTYPES
 from .outputs import open_folder
 from .prompts import PROMPTS_FILE, document_prompt, model_prompts
 from .run_folder import POOLINGS, RUN_FILE, RunDescription

@@ -71,27 +71,6 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype and why: `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16, "the GPU multiplies bfloat16 natively"
-            return torch.float16, "the GPU multiplies float16 but not bfloat16 natively"
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "the processor has AVX512-BF16 or AMX"
-        return torch.float32, "the processor has neither AVX512-BF16 nor AMX"
-    chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if chosen is None or chosen not in DTYPES.values():
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if chosen is torch.float16 and device.type == "cpu":
-        raise ValueError("dtype float16 needs a CUDA device; on the CPU use float32 or bfloat16")
-    return chosen, "asked for"
-
-
 def attention(
     query: torch.Tensor,  # (T, H, D)
     key: torch.Tensor,  # (T, G, D)

@@ -16,6 +16,7 @@ from ..engine.adapter_config import read_adapter_config
 from ..engine.adapters import adapter_tensors
 from ..engine.checkpoints import Checkpoint, resolve
 from ..engine.config import ModelConfig, load_config
+from ..engine.dtypes import choose_dtype
 from ..engine.model import LlamaModel
 from ..engine.tokens import TextTokenizer, load_tokenizer
 from ..engine.weights import checkpoint_files
@@ -55,11 +56,11 @@ def prepare(settings: TrainingSettings, device: torch.device, checkpoint: Checkp
     Raises:
         ValueError, FileNotFoundError: naming the field or file and what was expected.
     """
-    dtype, _ = ops.choose_dtype(settings.dtype, device)
-    if dtype is torch.float16:
-        raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
     checkpoint = checkpoint or resolve(settings.model)
     config = load_config(checkpoint.base)
+    dtype = choose_dtype(settings.dtype, device, config).floats
+    if dtype is torch.float16:
+        raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
     settings, notes = settings.within(config.max_position_embeddings)
     draws_masks = settings.attention_dropout or settings.mask_schedule == "annealed"
     if settings.attention in ("varlen", "flash") and draws_masks:
