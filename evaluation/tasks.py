@@ -134,9 +134,10 @@ def read_units(settings: EvaluateSettings) -> list[Unit]:
 def empty_report(settings: EvaluateSettings, data: dict[str, str], encoder: Encoder) -> Report:
     """What a report says before anything is scored: its origin is all that the figures will come from."""
     description = encoder.describe()
+    computed = {"dtype": encoder.compute_dtype.name, "identity": encoder.identity()}
     return Report(
         task=settings.task,
-        model=description["model"] | description["encoding"] | {"dtype": encoder.compute_dtype.name, "identity": encoder.identity()},
+        model=description["model"] | description["encoding"] | computed,
         settings=settings.shaping_the_figures() | {"bivec": __version__},
         data=data,
         scores=[],
