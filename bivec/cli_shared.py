@@ -40,7 +40,13 @@ MaxLength = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="Of the computation: auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the computation: auto, float32, bfloat16 or float16; of eight-bit weights and states: int8 (CPU) or "
+        "float8 (CUDA)."
+    ),
+]
 Attention = Annotated[
     str, typer.Option(help="Attention backend: auto, triton, varlen, flash or sdpa; bivec inspect says which and why.")
 ]

@@ -7,6 +7,12 @@ import torch
 from .config import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# weights and rows of eight bits: the device that multiplies them, and the float dtypes that may stand beside them
+_QUANTIZED = {"int8": ("cpu", ("float32", "bfloat16")), "float8": ("cuda", ("bfloat16",))}
+_WRITTEN = [f"{products}+{floats}" for products, (_, beside) in _QUANTIZED.items() for floats in beside]
+NAMES = ("auto", *DTYPES, *_QUANTIZED, *_WRITTEN)
+
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,7 @@ class ComputeDtype:
     """What `choose_dtype` chose.
 
     Attributes:
-        products: dtype of the operands of the model's matrix products, a key of `DTYPES`.
+        products: dtype of the operands of the model's matrix products: a key of `DTYPES`, `int8` or `float8`.
         floats: of the weights that are no product's and of the hidden states.
         reason: why it was chosen.
     """
@@ -24,25 +30,57 @@ class ComputeDtype:
     reason: str
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether products are of eight bits, with scales."""
+        return self.products in _QUANTIZED
+
+    @property
     def name(self) -> str:
-        """What `choose_dtype` takes to choose the same again, on any machine."""
-        return self.products
+        """What `choose_dtype` takes to choose the same again, on any machine: `bfloat16`, `int8+bfloat16`."""
+        return f"{self.products}+{str(self.floats).removeprefix('torch.')}" if self.is_quantized else self.products
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, config: ModelConfig) -> ComputeDtype:
     """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
 
+    `int8` (CPU) and `float8` (CUDA, capability 8.9) have floats beside them: those named, as in `int8+bfloat16`, else
+    those that `auto` would be.
+
     Raises:
-        ValueError: a dtype that is none of `DTYPES`, or one that the device does not compute in.
+        ValueError: a dtype that is none of `NAMES`, or one that the device does not compute in.
     """
-    if dtype == "auto":
-        return ComputeDtype(*_fastest(device))
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if name == "float16" and device.type == "cpu":
+    if name not in NAMES:
+        raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {str(dtype)!r}")
+    products, _, floats = name.partition("+")
+    _check_device(products, device)
+    if name in DTYPES:
+        return ComputeDtype(name, DTYPES[name], "asked for")
+    if floats:
+        return ComputeDtype(products, DTYPES[floats], "asked for")
+    if products == "float8":
+        return ComputeDtype("float8", torch.bfloat16, "asked for; every GPU with float8 has bfloat16")
+    fastest = ComputeDtype(*_fastest(device))
+    if name == "auto":
+        return fastest
+    return ComputeDtype(products, fastest.floats, f"asked for; beside it {fastest.name}: {fastest.reason}")
+
+
+def _check_device(products: str, device: torch.device) -> None:
+    if products == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 needs a CUDA device; on the CPU use float32 or bfloat16")
-    return ComputeDtype(name, DTYPES[name], "asked for")
+    if products == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype int8 needs the CPU, got the device {device}; on CUDA use float8")
+    if products == "float8":
+        if device.type != "cuda":
+            raise ValueError(f"dtype float8 needs a CUDA device, got the device {device}; on the CPU use int8")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FLOAT8_CAPABILITY:
+            raise ValueError(
+                "dtype float8 needs a GPU of capability {}.{} or more, got {}.{} ({})".format(
+                    *_FLOAT8_CAPABILITY, *capability, torch.cuda.get_device_name(device)
+                )
+            )
 
 
 def _fastest(device: torch.device) -> tuple[str, torch.dtype, str]:

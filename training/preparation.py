@@ -60,7 +60,9 @@ def prepare(settings: TrainingSettings, device: torch.device, checkpoint: Checkp
     config = load_config(checkpoint.base)
     dtype = choose_dtype(settings.dtype, device, config).floats
     if dtype is torch.float16:
-        raise ValueError("dtype must be float32 or bfloat16 for training, float16's range is too small for gradients")
+        raise ValueError(
+            "dtype must be float32: this GPU has no bfloat16, and float16's range is too small for gradients"
+        )
     settings, notes = settings.within(config.max_position_embeddings)
     draws_masks = settings.attention_dropout or settings.mask_schedule == "annealed"
     if settings.attention in ("varlen", "flash") and draws_masks:

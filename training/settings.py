@@ -28,6 +28,8 @@ _BLOCK_SIZE_HELP = (
     "Texts are joined and cut in blocks of so many tokens; 0: a text is a row. "
     "Default: 512, or the model's positions where it has fewer."
 )
+# float16's range is too small for gradients, and eight-bit products have none
+_DTYPES = ("auto", "float32", "bfloat16")
 _KINDS = {int: "whole number", float: "number", bool: "boolean", str: "string"}
 
 
@@ -146,6 +148,7 @@ class TrainingSettings:
         for name in ("max_length", "mask_schedule_steps", "lr_scheduler_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        _require(self.dtype in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}", self.dtype)
         _require(bool(self.output), "output", "a folder", self.output)
         _require(bool(self.data), "data", "one file or more", self.data)
         _require(0 <= self.seed < 2**63, "seed", "in [0, 2 ** 63)", self.seed)

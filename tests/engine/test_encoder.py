@@ -420,7 +420,8 @@ def test_a_window_is_what_the_encoder_runs_with(tiny_llama_folder, encoder, wind
     ("arguments", "message"),
     [
         ({"pooling": "max"}, "pooling must be one of"),
-        ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16"),
+        ({"dtype": "int4"}, "dtype must be one of auto, float32, bfloat16, float16, int8, float8, .*, got 'int4'"),
+        ({"dtype": "float8", "device": "cpu"}, "float8 needs a CUDA device"),
         ({"dtype": "float16", "device": "cpu"}, "float16 needs a CUDA device"),
         ({"device": "mps"}, "device must be auto, cpu or cuda"),
         ({"attention": "eager"}, "attention must be auto or one of"),

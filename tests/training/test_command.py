@@ -101,7 +101,8 @@ def test_bad_pairs_are_named(fields, tmp_path, text, message):
         (["simcse", "--lr-scheduler-type", "wavy"], "lr_scheduler_type 'wavy' cannot be used"),
         (["simcse", "--lr-scheduler-type", "reduce_lr_on_plateau"], "a schedule of the step's number alone"),
         (["simcse", "--report-to", "nope"], "report_to must name trackers of accelerate, got nope"),
-        (["simcse", "--dtype", "float16"], "float16 needs a CUDA device"),
+        (["simcse", "--dtype", "float16"], "dtype must be one of auto, float32, bfloat16, got 'float16'"),
+        (["simcse", "--dtype", "int8"], "dtype must be one of auto, float32, bfloat16, got 'int8'"),
         (
             ["mntp", "--block-size", "0", "--mask-token", "no such token"],
             "mask_token must be one item of the tokenizer's vocabulary",
