@@ -16,7 +16,7 @@ from . import checkpoints, ops
 from .adapters import load_merged, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
-from .dtypes import ComputeDtype, choose_dtype
+from .dtypes import DTYPES, ComputeDtype, choose_dtype
 from .fastest import fastest_backend
 from .lengths import text_length
 from .model import LanguageModel, LlamaModel
@@ -371,7 +371,16 @@ class Encoder:
         return np.concatenate(vectors), [reason for part in reasons for reason in part], sum(num_tokens)
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
-        """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch."""
+        """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch.
+
+        Raises:
+            ValueError: the encoder computes in integers, and keeps no float weights.
+        """
+        if self.compute_dtype.products not in DTYPES:
+            raise ValueError(
+                f"forward_packed needs a float dtype; this encoder computes in {self.compute_dtype.name}: load it with "
+                f"dtype={str(self.compute_dtype.floats).removeprefix('torch.')!r}"
+            )
         return self.model.norm(self.model(batch, self.windows, backend=self.backend))
 
     def language_model(self, adapters: bool = False) -> LanguageModel:
@@ -379,7 +388,7 @@ class Encoder:
 
         With `adapters` the encoder's own are merged into it: what generation is like after training.
         """
-        model = load_model(LanguageModel, self.checkpoint.base, self.dtype, self.config)
+        model = load_model(LanguageModel, self.checkpoint.base, self.compute_dtype.floats, self.config)
         if adapters:
             merge_adapters(model.model, self.checkpoint.adapters)
         return model.to(self.device).eval()

@@ -6,7 +6,7 @@ This is the differentiable pass that training uses and the place where weights a
 Shapes: T packed tokens, S sequences, E hidden size, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -194,21 +194,6 @@ class LlamaModel(nn.Module):
             if seeds is not None:
                 seeds = seeds + LAYER_SEED_STEP
         return hidden_states
-
-    def all_hidden_states(
-        self, batch: PackedBatch, windows: Sequence[Window] | None = None, *, backend: str = "sdpa"
-    ) -> Iterator[torch.Tensor]:
-        """The embeddings, then each layer's output `(T, E)`, the last one after the final norm, one at a time.
-
-        Their number and order are those of transformers' `output_hidden_states`; arguments as in `forward`.
-        """
-        hidden_states = self.embed_tokens(batch.input_ids)
-        cos, sin = self.rotary_tables(batch.positions)
-        tile_list = list_tiles(batch, backend)
-        for layer, window in zip(self.layers, windows or self.config.bidirectional_windows, strict=True):
-            yield hidden_states
-            hidden_states = layer(hidden_states, cos, sin, batch, window, backend, 0.0, 1.0, None, tile_list)
-        yield self.norm(hidden_states)
 
 
 class LanguageModel(nn.Module):

@@ -10,7 +10,7 @@ Shapes: T packed tokens, R rows of all tiles of a pass, E hidden size, H query h
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ class Runner:
         self.device, self.dtype = self.embeddings.device, self.embeddings.dtype
         self._layer_form = LAYERS[self.device.type]
         self.layers = [self._layer_form(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
-        self._rotary_tables = model.rotary_tables
+        self._rotary_tables, self._final_norm = model.rotary_tables, model.norm
         on_cpu = self.device.type == "cpu"
         if on_cpu:
             check_cores(computing=True)
@@ -99,6 +99,19 @@ class Runner:
                 return self._run(batch, windows)
         return self._captured(batch, windows, capacity=self.cover(batch.num_tokens)[-1].stop)
 
+    def all_hidden_states(self, batch: PackedBatch, windows: Sequence[Window] | None = None) -> Iterator[torch.Tensor]:
+        """The embeddings, then each layer's output `(T, E)`, the last one after the final norm, one at a time.
+
+        Their number and order are those of transformers' `output_hidden_states`; arguments as in a call.
+        """
+        steps = self._steps(self.layers, batch, windows or self.windows)
+        for place in range(len(self.layers) + 1):
+            # not beyond a yield, where another pass of this thread may take its turn
+            with torch.inference_mode(), self._cores(), self._products():
+                hidden = next(steps)
+                states = self._final_norm(hidden) if place == len(self.layers) else hidden.clone()
+            yield states
+
     def pass_sizes(self, num_tokens: int) -> list[int]:
         """Rows of the passes, ascending, that batches of up to `num_tokens` tokens take."""
         sizes: list[int] = []
@@ -127,6 +140,13 @@ class Runner:
             return self._through(self.layers, batch, windows)
 
     def _through(self, layers: Sequence[FusedLayer], batch: PackedBatch, windows: Sequence[Window]) -> torch.Tensor:
+        *_, hidden = self._steps(layers, batch, windows)
+        return hidden
+
+    def _steps(
+        self, layers: Sequence[FusedLayer], batch: PackedBatch, windows: Sequence[Window]
+    ) -> Iterator[torch.Tensor]:
+        """The hidden states `(T, E)` before the first layer and after each, in the same memory each time."""
         num_tokens = batch.num_tokens
         tiles = self.cover(num_tokens)
         num_rows = tiles[-1].stop if tiles else 0
@@ -145,11 +165,12 @@ class Runner:
             attended = hidden.new_zeros(num_rows, self.config.num_attention_heads, self.config.head_dim)
             out = attended[:num_tokens]
         settings: dict[str, Any] = {"together": not self.one_by_one, "tile_list": ops.list_tiles(batch, self.backend)}
+        yield hidden[:num_tokens]
         for layer, window in zip(layers, windows, strict=True):
             query, key, value = (part[:num_tokens] for part in layer.project(hidden, angles, heads, tiles))
             found = ops.attention(query, key, value, batch, window, self.backend, out=out, **settings)
             layer.finish(hidden, (found if attended is None else attended).flatten(1), tiles)
-        return hidden[:num_tokens]
+            yield hidden[:num_tokens]
 
     def cover(self, num_tokens: int) -> list[slice]:
         """Row ranges of tiles that cover `num_tokens` rows: whole tiles first, then little of one left unused."""

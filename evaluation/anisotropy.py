@@ -134,7 +134,7 @@ def _slabs(
 
 def _states(encoder: Encoder, batch: PackedBatch, windows: Sequence[Window]) -> Iterator[torch.Tensor]:
     """Each layer's states, float32 `(T, E)`."""
-    for states in encoder.model.all_hidden_states(batch, windows, backend=encoder.backend):
+    for states in encoder.runner.all_hidden_states(batch, windows):
         yield states.float()
 
 

@@ -143,7 +143,7 @@ def _states(
         its_spans = [token_spans[rows[index]] for index in slab]
         word_rows, *gathering = _gathering(its_spans, [int(bounds[rows[index]]) for index in slab], batch.seqlens)
         places, shares, owners = (tensor.to(encoder.device) for tensor in gathering)
-        found = encoder.model.all_hidden_states(batch, encoder.windows, backend=encoder.backend)
+        found = encoder.runner.all_hidden_states(batch)
         for layer, hidden_states in enumerate(found):
             if layer in layers:
                 read = torch.zeros(2 * len(word_rows), size, device=encoder.device)

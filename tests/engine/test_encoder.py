@@ -14,6 +14,7 @@ import transformers
 from bivec import Encoder
 from bivec.engine import encoder as encoder_module
 from bivec.engine import ops
+from bivec.engine.dtypes import ComputeDtype
 from bivec.engine.packing import PackedBatch
 
 TEXTS = ["the quick brown fox", "北京 and München", "emoji 😀!", "a packed batch holds many sequences side by side"]
@@ -366,6 +367,13 @@ def test_forward_packed_has_gradients_that_equal_transformers(encoder, tiny_llam
     torch.testing.assert_close(ours.grad, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3)
     ours.grad = None
     ours.requires_grad_(False)
+
+
+def test_what_trains_needs_a_float_dtype(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "compute_dtype", ComputeDtype("int8", torch.bfloat16, "asked for"))
+    with pytest.raises(ValueError, match=r"forward_packed needs a float dtype; .* in int8.*: load .*dtype='bfloat16'"):
+        encoder.forward_packed(PackedBatch.from_sequences([[5, 6]]))
+    assert encoder.language_model().lm_head.weight.dtype == torch.bfloat16
 
 
 def test_describe_names_what_was_chosen(encoder):

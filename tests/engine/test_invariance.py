@@ -205,6 +205,10 @@ def test_attention_that_depends_on_the_number_of_cores_has_one(tiny_llama_folder
     assert encoder.describe()["backend"]["cores a pass"] == f"1: {found}"
     assert encoder.runner.passes_at_once == 4
     assert_company_changes_nothing(encoder)
+    batch = PackedBatch.from_sequences([list(range(7))])
+    for states in zip(*(encoder.runner.all_hidden_states(batch) for _ in range(2)), strict=True):
+        assert torch.equal(*states)
+        assert torch.get_num_threads() == 4
     assert torch.get_num_threads() == 4
 
     cores(1)

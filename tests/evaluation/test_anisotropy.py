@@ -17,6 +17,18 @@ def encoder(tiny_llama_folder):
     return Encoder.from_pretrained(tiny_llama_folder, dtype="float32")
 
 
+def differentiable_states(encoder, batch, windows):
+    """Each layer's states out of the pass that training runs."""
+    found = [encoder.model.embed_tokens(batch.input_ids)]
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, output: found.append(output)) for layer in encoder.model.layers
+    ]
+    found[-1] = encoder.model.norm(encoder.model(batch, windows))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @torch.no_grad()
 def test_states_of_every_layer_are_those_of_transformers(checkpoint_folders, architecture):
@@ -25,13 +37,14 @@ def test_states_of_every_layer_are_those_of_transformers(checkpoint_folders, arc
     texts = [[5, 9, 200, 31], [7], list(range(40, 90))]
     expected = [reference(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in texts]
     batch = PackedBatch.from_sequences(texts)
-    found = list(encoder.model.all_hidden_states(batch, encoder.config.causal_windows))
+    found = list(encoder.runner.all_hidden_states(batch, encoder.config.causal_windows))
     assert len(found) == len(expected[0]) == encoder.config.num_hidden_layers + 1
     for layer, states in enumerate(found):
         torch.testing.assert_close(states, torch.cat([text[layer][0] for text in expected]), atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        list(encoder.model.all_hidden_states(batch, encoder.windows))[-1], encoder.forward_packed(batch)
-    )
+    differentiable = differentiable_states(encoder, batch, encoder.windows)
+    for states, expected in zip(encoder.runner.all_hidden_states(batch), differentiable, strict=True):
+        torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-5)
+    assert torch.equal(states, encoder.model.norm(encoder.runner(batch)))
 
 
 def test_mean_cosine_is_the_mean_over_pairs():
@@ -62,7 +75,7 @@ def test_figures_against_plain_sums(encoder, text_file, monkeypatch):
     for place, text in enumerate(held_out.texts):
         batch = PackedBatch.from_sequences([encoder.tokenizer(text)["input_ids"]])
         bidirectional, causal = (
-            list(encoder.model.all_hidden_states(batch, windows))
+            differentiable_states(encoder, batch, windows)
             for windows in (encoder.config.bidirectional_windows, encoder.config.causal_windows)
         )
         for layer, (ours, theirs) in enumerate(zip(bidirectional, causal, strict=True)):

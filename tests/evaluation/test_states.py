@@ -151,13 +151,13 @@ def test_several_threads_give_the_same(encoder, monkeypatch, cores):
     monkeypatch.setattr(encoder.slabs, "_at_once", 2)
     monkeypatch.setattr(encoder.slabs, "_tile", 32)
     threads = set()
-    run = encoder.model.all_hidden_states
+    run = encoder.runner.all_hidden_states
 
     def noting(*given, **options):
         threads.add(threading.get_ident())
         return run(*given, **options)
 
-    monkeypatch.setattr(encoder.model, "all_hidden_states", noting)
+    monkeypatch.setattr(encoder.runner, "all_hidden_states", noting)
     found = word_states(encoder, words, (0, 3)).vectors(3, "both")
     assert len(threads) > 1
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
