@@ -16,8 +16,8 @@ from torch import nn
 from .adapter_config import ADAPTER_CONFIG, HEADS, MERGE, RESIDUAL_INITS, check_patterns, read_adapter_config
 from .checkpoints import Checkpoint
 from .config import ModelConfig
-from .model import LlamaModel
-from .weights import StoredTensor, list_problems, load_model, read_headers, read_tensors
+from .model import DecoderLayer, LlamaModel
+from .weights import StoredTensor, list_problems, load_by_layer, load_model, read_headers, read_tensors
 
 _TENSORS = "adapter_model.safetensors"
 WRAPPER = "base_model.model."  # PEFT's own, before every name in a file
@@ -76,6 +76,30 @@ def load_merged(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype)
     llama = load_model(LlamaModel, checkpoint.base, dtype, config)
     merge_adapters(llama, checkpoint.adapters)
     return llama
+
+
+def load_merged_by_layer(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[LlamaModel, Iterator[DecoderLayer]]:
+    """As `load_merged`, on `device`, for whoever makes something else of each layer, which is gone when the next comes.
+
+    Without adapters, one layer at a time is in memory, in float32. With them all are at first, in `dtype`.
+    """
+    if checkpoint.adapters:
+        model = load_merged(checkpoint, config, dtype)
+        layers: Iterator[nn.Module] = iter(model.layers)
+    else:
+        model, layers = load_by_layer(checkpoint.base, dtype, config)
+    model.embed_tokens.to(device)
+    model.norm.to(device)
+
+    def moved() -> Iterator[DecoderLayer]:
+        for layer in layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer.to(device)
+            layer.to("meta")  # the parameters can still be counted
+
+    return model, moved()
 
 
 def add_adapter(model: nn.Module, name: str, folder: Path, config: LoraConfig) -> str:

@@ -60,6 +60,7 @@ def describe(encoder: Described) -> dict[str, Any]:
     """Sections of texts, numbers and lists; sizes are computed from shapes, the self-test's lines are its results."""
     config, runner, checkpoint = encoder.config, encoder.runner, encoder.checkpoint
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    held = sum(parameter.nbytes for parameter in encoder.model.parameters() if not parameter.is_meta)
     windows = sorted(set(encoder.windows))
     activations = runner.pass_bytes(encoder.slabs.tokens)
     heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"
@@ -98,7 +99,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             **({"matrix products": runner.products} if encoder.device.type == "cuda" else {}),
         },
         "memory": {
-            "weights": _mebibytes(parameters * encoder.dtype.itemsize),
+            "weights": _mebibytes(held),
             "weights packed for inference": _mebibytes(runner.packed_bytes),
             "activations": f"{_mebibytes(activations)} for a pass of {encoder.slabs.tokens} tokens, "
             f"{runner.passes_at_once} at once",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import ModelConfig
+from .int8 import check_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # weights and rows of eight bits: the device that multiplies them, and the float dtypes that may stand beside them
@@ -71,6 +72,8 @@ def _check_device(products: str, device: torch.device) -> None:
         raise ValueError("dtype float16 needs a CUDA device; on the CPU use float32 or bfloat16")
     if products == "int8" and device.type != "cpu":
         raise ValueError(f"dtype int8 needs the CPU, got the device {device}; on CUDA use float8")
+    if products == "int8":
+        check_products()
     if products == "float8":
         if device.type != "cuda":
             raise ValueError(f"dtype float8 needs a CUDA device, got the device {device}; on the CPU use int8")

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -13,13 +13,13 @@ from tqdm import tqdm
 from .. import DEFAULT_MODEL
 from ..kernels.pooling import POOLING_MODES, pool
 from . import checkpoints, ops
-from .adapters import load_merged, merge_adapters
+from .adapters import load_merged, load_merged_by_layer, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
 from .dtypes import DTYPES, ComputeDtype, choose_dtype
 from .fastest import fastest_backend
 from .lengths import text_length
-from .model import LanguageModel, LlamaModel
+from .model import DecoderLayer, LanguageModel, LlamaModel
 from .overlap import ahead
 from .packing import PackedBatch
 from .prompts import document_prompt, model_prompts, texts_and_prompts
@@ -55,6 +55,7 @@ class Encoder:
         compute_dtype: ComputeDtype,
         backend_reason: str = "",
         normalize: bool = False,
+        layers: Iterable[DecoderLayer] | None = None,
     ):
         self.model = model
         self.config = model.config
@@ -66,7 +67,7 @@ class Encoder:
         self.backend, self.backend_reason = backend, backend_reason
         self.compute_dtype = compute_dtype
         self.windows = self.config.windows(window)
-        self.runner = Runner(model, backend, self.windows)
+        self.runner = Runner(model, backend, self.windows, products=compute_dtype.products, layers=layers)
         self.self_test = check_mask(self.runner, self.config, self.windows)
         self.slabs = Slabs(
             self.device,
@@ -139,9 +140,13 @@ class Encoder:
         tokenizer = TextTokenizer.described(load_tokenizer(checkpoint.tokenizer, config.vocab_size), max_length, run)
         # the caller's autocast is for the caller's own: weights are merged on the CPU, and checks are of what will run
         with torch.autocast("cpu", enabled=False), torch.autocast(chosen_device.type, enabled=False):
-            llama = load_merged(checkpoint, config, compute_dtype.floats).to(chosen_device).eval()
+            layers = None
+            if compute_dtype.is_quantized:
+                llama, layers = load_merged_by_layer(checkpoint, config, compute_dtype.floats, chosen_device)
+            else:
+                llama = load_merged(checkpoint, config, compute_dtype.floats).to(chosen_device)
             return cls(
-                llama,
+                llama.eval(),
                 tokenizer,
                 checkpoint,
                 pooling=pooling or run.pooling,
@@ -150,6 +155,7 @@ class Encoder:
                 compute_dtype=compute_dtype,
                 backend_reason=backend_reason,
                 normalize=run.normalize,
+                layers=layers,
             )
 
     def __reduce__(self) -> NoReturn:

@@ -8,7 +8,7 @@ Shapes: R rows of all tiles together, E hidden size, H query heads, G key/value 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from ..kernels.norm import rms_norm
 from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig
+from .int8 import Int8Linear, QuantizedRows, quantize_rows
 from .model import Attention, DecoderLayer
 from .ops import PackedLinear
 
+Linear = TypeVar("Linear", PackedLinear, Int8Linear)
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query (R, H, D), key (R, G, D) and value (R, G, D)
 
 
@@ -28,6 +30,7 @@ class FusedLayer(ABC):
     """What `Runner` needs of a layer, and what every form keeps of it."""
 
     num_bytes: int  # of weights that stand beside the model's own
+    hidden_dtype: torch.dtype | None = None  # of hidden states; None: the embeddings'
 
     def __init__(self, layer: DecoderLayer):
         attention = layer.self_attn
@@ -61,12 +64,14 @@ class FusedLayer(ABC):
         """The rest of the layer, in place on `hidden` `(R, E)`: output projection, residual, norm, SwiGLU, residual."""
 
 
-class CpuLayer(FusedLayer):
-    """q, k and v in one product, SwiGLU and residuals done as products are written; a tile stays in cache.
+class _OnCpu(FusedLayer, Generic[Linear]):
+    """What the CPU's forms share: q, k and v in one product; a tile stays in cache.
 
     The halves of each query and key head are interleaved, which no dot product of the two sees: rotary embedding is
     then one product of complex numbers. It gives float32, and torch's attention is faster in that than in bfloat16.
     """
+
+    linear: type[Linear]
 
     def __init__(self, layer: DecoderLayer):
         super().__init__(layer)
@@ -75,11 +80,11 @@ class CpuLayer(FusedLayer):
         weights, biases = _query_key_value(attention)
         weights[:2] = [_interleave(weight, head_dim) for weight in weights[:2]]
         biases[:2] = [_interleave(bias, head_dim) for bias in biases[:2]]
-        self.qkv = PackedLinear(torch.cat(weights), torch.cat(biases) if biases else None)
-        self.output, self.gate, self.up, self.down = (
-            PackedLinear(*_weight_and_bias(linear))
-            for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        self.qkv: Linear = self.linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        self.output: Linear = self.linear(*_weight_and_bias(attention.o_proj))
+        self.gate: Linear = self.linear(*_weight_and_bias(mlp.gate_proj))
+        self.up: Linear = self.linear(*_weight_and_bias(mlp.up_proj))
+        self.down: Linear = self.linear(*_weight_and_bias(mlp.down_proj))
         self.num_bytes = sum(part.num_bytes for part in (self.qkv, self.output, self.gate, self.up, self.down))
         norms = _head_norms(attention)
         self.head_norms = norms and (_interleave(norms[0], head_dim), _interleave(norms[1], head_dim))
@@ -101,7 +106,7 @@ class CpuLayer(FusedLayer):
         num_rotated = self.num_heads + self.num_key_value_heads
         for rows in tiles:
             tile = heads[rows]
-            tile.copy_(self.qkv(rms_norm(hidden[rows], self.input_norm, self.eps)).view(tile.shape))
+            self._write_heads(hidden[rows], tile.flatten(1))
             rotated = tile[:, :num_rotated]
             if self.head_norms is not None:
                 for part, norm in zip(rotated.tensor_split([self.num_heads], dim=1), self.head_norms, strict=True):
@@ -110,12 +115,73 @@ class CpuLayer(FusedLayer):
         query, key, value = heads.tensor_split([self.num_heads, num_rotated], dim=1)
         return query, key, value
 
+    @abstractmethod
+    def _write_heads(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """q, k and v of some rows, not yet rotated, into float32 `(rows, (H + 2 G) D)`."""
+
+
+class CpuLayer(_OnCpu[PackedLinear]):
+    """SwiGLU and residuals are done as products are written."""
+
+    linear = PackedLinear
+
+    def _write_heads(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(self.qkv(rms_norm(hidden, self.input_norm, self.eps)))
+
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
         for rows in tiles:
             total = self.output(attended[rows], add=hidden[rows])
             normed = rms_norm(total, self.mlp_norm, self.eps)
             gated = self.up(normed, multiply=self.gate(normed, activation="silu"))
             hidden[rows] = self.down(gated, add=total)
+
+
+class Int8Layer(_OnCpu[Int8Linear]):
+    """Products are of eight-bit rows and weights (`int8.py`); all between them is float32.
+
+    A row's scale goes past whatever a factor of the row does not change: RMSNorm's own factor only joins it, and what
+    multiplies the gate need not be scaled before it is quantised again.
+    """
+
+    hidden_dtype = torch.float32
+    linear = Int8Linear
+
+    def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
+        self.input_norm, self.mlp_norm = self.input_norm.float(), self.mlp_norm.float()
+
+    def _write_heads(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        rows = self._normed(hidden, self.input_norm)
+        _add_bias(torch.mul(self.qkv(rows.values), rows.scales, out=out), self.qkv.bias)
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
+        for rows in tiles:
+            total = _add_linear(hidden[rows], self.output, quantize_rows(attended[rows]))
+            normed = self._normed(total, self.mlp_norm)
+            gate = _add_bias(self.gate(normed.values).mul_(normed.scales), self.gate.bias)
+            up, up_scales = self.up(normed.values), normed.scales
+            if self.up.bias is not None:
+                up, up_scales = up.mul_(up_scales).add_(self.up.bias), torch.ones_like(up_scales)
+            gated = F.silu(gate, inplace=True).mul_(up)
+            values, scales = quantize_rows(gated, out=gated)
+            hidden[rows] = _add_linear(total, self.down, QuantizedRows(values, scales.mul_(up_scales)))
+
+    def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> QuantizedRows:
+        """RMSNorm, quantised."""
+        norms = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        factors = norms.square_().mul_(1 / hidden.shape[1]).add_(self.eps).rsqrt_()
+        weighted = hidden * weight
+        values, scales = quantize_rows(weighted, out=weighted)
+        return QuantizedRows(values, scales.mul_(factors))
+
+
+def _add_linear(total: torch.Tensor, linear: Int8Linear, rows: QuantizedRows) -> torch.Tensor:
+    """`total` plus what the linear makes of the rows, float32 `(R, N)`."""
+    return _add_bias(torch.addcmul(total, linear(rows.values), rows.scales), linear.bias)
+
+
+def _add_bias(rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return rows if bias is None else rows.add_(bias)
 
 
 class CudaLayer(FusedLayer):
@@ -216,4 +282,9 @@ def _num_all_heads(config: ModelConfig) -> int:
     return config.num_attention_heads + 2 * config.num_key_value_heads
 
 
-LAYERS: dict[str, type[FusedLayer]] = {"cpu": CpuLayer, "cuda": CudaLayer}
+_LAYERS: dict[tuple[str, str], type[FusedLayer]] = {("cpu", "int8"): Int8Layer}
+
+
+def layer_form(device: torch.device, products: str) -> type[FusedLayer]:
+    """The form of a layer for a device and `ComputeDtype.products`."""
+    return _LAYERS.get((device.type, products), CpuLayer if device.type == "cpu" else CudaLayer)

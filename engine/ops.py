@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..kernels.attention import batched
 from ..kernels.attention.padded import varlen_attention as padded_attention
 from .config import Window
 from .cores import check_cores
@@ -85,11 +86,14 @@ def attention(
     seeds: torch.Tensor | None = None,  # int64 (S,)
     together: bool = True,
     tile_list: torch.Tensor | None = None,
+    plan: batched.Plan | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given.
 
     Args:
         tile_list: what `list_tiles` gave for the batch, the same for all layers; else `triton` makes its own.
+        plan: of `plan_batches` for the batch, the same for all layers: which sequences `sdpa` takes by
+            `batched_attention`.
         together: whether `sdpa` may take sequences of one length in one call.
         dropout_p: the chance that an attention probability is dropped.
         future_p: the chance that a query is shown a key ahead of it, the same for all heads.
@@ -116,7 +120,7 @@ def attention(
     elif random or (out is None and _trains_on_cpu(query, key, value)):
         packed_attention = padded_attention
     else:
-        return _equal_lengths_attention(query, key, value, batch, window, out, together)
+        return _equal_lengths_attention(query, key, value, batch, window, out, together, plan)
     output = packed_attention(
         query,
         key,
@@ -141,6 +145,18 @@ def list_tiles(batch: PackedBatch, backend: str) -> torch.Tensor | None:
     from ..kernels.attention import list_tiles  # triton is there on Linux only
 
     return list_tiles(batch.cu_seqlens, batch.num_tokens)
+
+
+def attends_in_batches(backend: str, like: torch.Tensor) -> bool:
+    """Whether `sdpa` takes sequences of middling length by bfloat16 products in batches: where that is the dtype asked
+    for, on a CPU that multiplies it."""
+    on_cpu = backend == "sdpa" and like.device.type == "cpu" and like.dtype is torch.bfloat16
+    return on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def plan_batches(batch: PackedBatch, num_key_value_heads: int) -> batched.Plan | None:
+    """What all layers of a pass give to `attention` where it attends in batches."""
+    return batched.plan_batches(batch.seqlens, num_key_value_heads)
 
 
 def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
@@ -198,10 +214,16 @@ def _equal_lengths_attention(
     window: Window,
     out: torch.Tensor | None,
     together: bool,
+    plan: batched.Plan | None,
 ) -> torch.Tensor:
-    """One call for each run of neighbouring sequences of one length, or for each sequence."""
+    """What the plan holds in batches; one call for each run of neighbours of one length, or for each sequence."""
     outputs = []
+    if plan is not None:
+        out = torch.empty_like(query) if out is None else out
+        batched.batched_attention(query, key, value, plan, window, out)
     for first, count, length in batch.equal_length_runs:
+        if plan is not None and length in batched.LENGTHS:
+            continue
         size = count if together else 1
         for start in range(first, first + count * length, size * length):
             rows = slice(start, start + size * length)

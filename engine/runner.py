@@ -10,18 +10,19 @@ Shapes: T packed tokens, R rows of all tiles of a pass, E hidden size, H query h
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from . import ops
+from .attention_check import differing_lengths
 from .config import Window
 from .cores import check_cores, on_cores
 from .graphs import CapturedPasses, CudaCapture
-from .layers import LAYERS, FusedLayer
-from .model import LlamaModel
+from .layers import FusedLayer, layer_form
+from .model import DecoderLayer, LlamaModel
 from .packing import PackedBatch
 from .products import PRODUCTS, Products
 
@@ -31,34 +32,45 @@ logger = logging.getLogger(__name__)
 TILES = {"cpu": (16, 64, 512), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
 # passes side by side on the CPU, no more because all need the interpreter between products: two lose 2 to 6 % to it
 _PASSES_AT_ONCE = 8
-# of sequences that attention is tried on: all up to 64, and some whose blocks torch makes larger
-_LENGTHS = (*range(1, 65), 65, 100, 193, 415)
 
 
 class Runner:
     """Runs packed batches through fused layers, without gradient.
 
     Args:
-        model: on its device, in its compute dtype, adapters merged.
+        model: on its device, in its float dtype, adapters merged.
         backend: of attention, from `ops.choose_backend`.
         windows: one a layer, what passes run with unless told otherwise; default the configuration's, bidirectional.
+        products: `ComputeDtype.products`; default the model's own dtype.
+        layers: the model's, each taken when the one before it is in its inference form; default those it holds.
 
     Attributes:
         tiles: numbers of rows, ascending, that products have.
         passes_at_once: how many may share the CPU, an equal part of the cores each.
+        dtype: of hidden states.
+        in_batches: whether attention takes sequences of middling length by `batched_attention`.
         one_by_one: why attention takes each sequence by itself; empty where those of one length share a call.
         one_core: why a pass computes on one core; empty where their number changes no bit.
         products: how matrices are multiplied and why, see products.py.
     """
 
-    def __init__(self, model: LlamaModel, backend: str, windows: Sequence[Window] | None = None):
+    def __init__(
+        self,
+        model: LlamaModel,
+        backend: str,
+        windows: Sequence[Window] | None = None,
+        *,
+        products: str = "",
+        layers: Iterable[DecoderLayer] | None = None,
+    ):
         self.config = model.config
         self.backend = backend
         self.windows = windows or self.config.bidirectional_windows
         self.embeddings = model.embed_tokens.weight.detach()
-        self.device, self.dtype = self.embeddings.device, self.embeddings.dtype
-        self._layer_form = LAYERS[self.device.type]
-        self.layers = [self._layer_form(layer) for layer in model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
+        self.device = self.embeddings.device
+        self._layer_form = layer_form(self.device, products)
+        self.dtype = self._layer_form.hidden_dtype or self.embeddings.dtype
+        self.layers = [self._layer_form(layer) for layer in layers or model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type
         self._rotary_tables, self._final_norm = model.rotary_tables, model.norm
         on_cpu = self.device.type == "cpu"
         if on_cpu:
@@ -66,6 +78,7 @@ class Runner:
         all_cores = torch.get_num_threads() if on_cpu else 1
         self.passes_at_once = min(all_cores, _PASSES_AT_ONCE)
         self.tiles = TILES[self.device.type]
+        self.in_batches = ops.attends_in_batches(backend, self.embeddings)
         self.one_by_one = self.one_core = ""
         self._tried = {1}  # numbers of cores
         self._try_cores(sorted({all_cores, all_cores // self.passes_at_once} - {1}))
@@ -151,10 +164,10 @@ class Runner:
         tiles = self.cover(num_tokens)
         num_rows = tiles[-1].stop if tiles else 0
         if num_rows == num_tokens:  # as in a captured pass
-            hidden, positions = self.embeddings.index_select(0, batch.input_ids), batch.positions
+            hidden, positions = self.embeddings.index_select(0, batch.input_ids).to(self.dtype), batch.positions
         else:
             hidden = torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            torch.index_select(self.embeddings, 0, batch.input_ids, out=hidden[:num_tokens])
+            hidden[:num_tokens] = self.embeddings.index_select(0, batch.input_ids)
             positions = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
             positions[:num_tokens] = batch.positions
         angles = self._layer_form.angles(*self._rotary_tables(positions))
@@ -164,7 +177,11 @@ class Runner:
         if self.backend == "sdpa" or num_tokens < num_rows:
             attended = hidden.new_zeros(num_rows, self.config.num_attention_heads, self.config.head_dim)
             out = attended[:num_tokens]
-        settings: dict[str, Any] = {"together": not self.one_by_one, "tile_list": ops.list_tiles(batch, self.backend)}
+        settings: dict[str, Any] = {
+            "together": not self.one_by_one,
+            "tile_list": ops.list_tiles(batch, self.backend),
+            "plan": ops.plan_batches(batch, self.config.num_key_value_heads) if self.in_batches else None,
+        }
         yield hidden[:num_tokens]
         for layer, window in zip(layers, windows, strict=True):
             query, key, value = (part[:num_tokens] for part in layer.project(hidden, angles, heads, tiles))
@@ -188,64 +205,35 @@ class Runner:
 
     def _try_cores(self, several: Sequence[int]) -> None:
         if self.backend == "sdpa":
-            self.one_by_one, self.one_core = self._attention_differs(several)
+            self._check_attention(several)
         if several and not self.one_core:
             self.one_core = self._pass_differs(several)
         self._tried.update(several)
 
-    @torch.inference_mode()
-    def _attention_differs(self, several: Sequence[int]) -> tuple[str, str]:
-        """What changes a sequence's attention, or nothing: equals in the same call, more cores than one.
-
-        torch divides sequences, heads and blocks of queries among the cores. Each core has working memory of its own,
-        aligned in its own way, and a single block leaves the cores to its products, so that their number may show.
-        Heads are divided as sequences are: the first few, where they stand, stand for all.
-        """
-        config = self.config
-        heads_a_group = config.num_attention_heads // config.num_key_value_heads
-        num_groups = min(config.num_key_value_heads, 2 if heads_a_group == 1 else 1)
-        num_heads = num_groups * heads_a_group  # one alone only where the model has one
-        many = max(3, max(several, default=1) // num_heads + 2)  # so that every core has a part
-        # long sequences are divided further
-        counts = {
-            length: many if length <= 64 else 3 for length in _LENGTHS if length <= config.max_position_embeddings
-        }
-        num_rows = max(count * length for length, count in counts.items())
-        heads = self._layer_form.new_heads(config, num_rows, like=self.embeddings)
-        heads.copy_(torch.rand(heads.shape, generator=torch.Generator().manual_seed(0)).mul_(4).sub_(2))
-
-        def attend(rows: torch.Tensor, length: int, window: Window) -> torch.Tensor:
-            query, key, value = rows.unflatten(0, (-1, length)).tensor_split(
-                [config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads], dim=2
-            )
-            return ops.scaled_dot_product_attention(
-                query[:, :, :num_heads], key[:, :, :num_groups], value[:, :, :num_groups], window
-            )
-
-        in_company: set[int] = set()
-        on_several: set[int] = set()
-        for length, count in counts.items():
-            rows = heads[: count * length]
-            for window in {_within(length, window) for window in self.windows}:
-                with on_cores(1) if several else nullcontext():
-                    # each at the beginning of memory of its own
-                    alone = torch.cat([attend(part.clone(), length, window) for part in rows.split(length)])
-                    together = attend(rows, length, window)
-                if not torch.equal(together, alone):
-                    in_company.add(length)
-                for cores in several:
-                    with on_cores(cores):
-                        first, all_of_them = attend(rows[:length], length, window), attend(rows, length, window)
-                    if not (torch.equal(first, alone[:1]) and torch.equal(all_of_them, together)):
-                        on_several.add(length)
-        one_by_one = one_core = ""
+    def _check_attention(self, several: Sequence[int]) -> None:
+        """Notes what changes a sequence's attention: others in the same call, more cores than one."""
+        if self.in_batches:
+            differing = set().union(*self._differing_lengths(several, in_batches=True))
+            if differing:
+                self.in_batches = False
+                logger.warning(
+                    "attention in batches over %s tokens has other bits in company than alone, or on several cores: "
+                    "torch's own is taken",
+                    _some(differing),
+                )
+        in_company, on_several = self._differing_lengths(several, in_batches=False)
         if in_company:
-            one_by_one = f"attention over {_some(in_company)} tokens has other bits among equals than alone"
-            logger.warning("%s: sequences are attended one by one", one_by_one)
+            self.one_by_one = f"attention over {_some(in_company)} tokens has other bits among equals than alone"
+            logger.warning("%s: sequences are attended one by one", self.one_by_one)
         if on_several:
-            one_core = f"attention over {_some(on_several)} tokens has other bits on {several[-1]} cores than on one"
-            logger.warning("%s: passes run on one core each", one_core)
-        return one_by_one, one_core
+            self.one_core = (
+                f"attention over {_some(on_several)} tokens has other bits on {several[-1]} cores than on one"
+            )
+            logger.warning("%s: passes run on one core each", self.one_core)
+
+    def _differing_lengths(self, several: Sequence[int], *, in_batches: bool) -> tuple[set[int], set[int]]:
+        dtype = self._layer_form.new_heads(self.config, 0, like=self.embeddings).dtype
+        return differing_lengths(self.config, self.windows, dtype, several, in_batches=in_batches)
 
     @torch.inference_mode()
     def _pass_differs(self, several: Sequence[int]) -> str:
@@ -318,12 +306,6 @@ class Runner:
             raise ValueError("the first layer gives NaN: its weights or numbers of the configuration are wrong")
         agreeing = [size for size in sizes if all(map(torch.equal, run(size), expected))]
         return tuple(sorted(agreeing)) if largest in agreeing else ()
-
-
-def _within(length: int, window: Window) -> Window:
-    """The same window over so many tokens, in one spelling."""
-    left, right = (length - 1 if side < 0 else min(side, length - 1) for side in window)
-    return left, right
 
 
 def _some(lengths: Collection[int]) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import ModelConfig, load_config
 from .json_files import read_object
-from .model import LanguageModel, LlamaModel
+from .model import DecoderLayer, LanguageModel, LlamaModel
 from .outputs import sync
 
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -132,9 +132,43 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, config: Mode
             file, or one that holds NaN or infinity; else as `load_config` and `checkpoint_files`.
         FileNotFoundError: as these.
     """
-    config = config or load_config(folder)
+    model, stored = _empty_model(kind, folder, config or load_config(folder))
+    tied = _tied_names(model)
+    _fill(model, stored, dtype, folder)
+    for name, twin in tied.items():
+        _set_parameter(model, name, model.get_parameter(twin))
+    return model
+
+
+def load_by_layer(folder: Path, dtype: torch.dtype, config: ModelConfig) -> tuple[LlamaModel, Iterator[DecoderLayer]]:
+    """As `load_model`, with the layers' weights on the meta device: the iterator reads them, one layer at a time.
+
+    What it gives is in float32, and should be moved to the meta device before the next.
+    Raises as `load_model`, of NaN when its layer is read.
+
+    Args:
+        dtype: of all other weights.
+    """
+    model, stored = _empty_model(LlamaModel, folder, config)
+    by_layer: dict[str, dict[str, StoredTensor]] = {}
+    for name, one in stored.items():
+        by_layer.setdefault(_layer_of(name), {})[name] = one
+    _fill(model, by_layer.pop("", {}), dtype, folder)
+
+    def layers() -> Iterator[DecoderLayer]:
+        for place, layer in enumerate(model.layers):
+            assert isinstance(layer, DecoderLayer)
+            # the file is opened anew for each: what was read of it before is not kept in memory
+            _fill(model, by_layer[str(place)], torch.float32, folder)
+            yield layer
+
+    return model, layers()
+
+
+def _empty_model(kind: type[Model], folder: Path, config: ModelConfig) -> tuple[Model, dict[str, StoredTensor]]:
+    """A model on the meta device, and what the files hold for each of its parameters; raises as `load_model`."""
     stored, problems = _find(folder, _encoder_name if kind is LlamaModel else _language_model_name)
-    layers = {name.partition("layers.")[2].partition(".")[0] for name in stored if "layers." in name}
+    layers = {_layer_of(name) for name in stored}
     absent = next((place for place in range(config.num_hidden_layers) if str(place) not in layers), None)
     if absent is not None:
         raise ValueError(
@@ -151,18 +185,30 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype, config: Mode
         elif problem := one.problem(expected[name]):
             problems.append(problem)
     problems += [f"missing {name}" for name in expected if name not in stored and tied.get(name) not in stored]
-    if not problems:
-        names = {one: name for name, one in stored.items()}
-        for one, tensor in read_tensors(stored.values()):
-            if torch.isfinite(tensor).all():
-                _set_parameter(model, names[one], nn.Parameter(tensor.to(dtype), requires_grad=False))
-            else:
-                problems.append(f"{one.name} in {one.path.name} holds NaN or infinity")
+    _raise_problems(folder, problems)
+    return model, stored
+
+
+def _fill(model: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, folder: Path) -> None:
+    """Put tensors of the files, by their name in the model, in their places."""
+    problems = []
+    names = {one: name for name, one in stored.items()}
+    for one, tensor in read_tensors(stored.values()):
+        if torch.isfinite(tensor).all():
+            _set_parameter(model, names[one], nn.Parameter(tensor.to(dtype), requires_grad=False))
+        else:
+            problems.append(f"{one.name} in {one.path.name} holds NaN or infinity")
+    _raise_problems(folder, problems)
+
+
+def _raise_problems(folder: Path, problems: Sequence[str]) -> None:
     if problems:
         raise ValueError(f"{folder} does not fit its config.json: {list_problems(problems)}")
-    for name, twin in tied.items():
-        _set_parameter(model, name, model.get_parameter(twin))
-    return model
+
+
+def _layer_of(name: str) -> str:
+    """The number of the layer that a parameter is of; empty for those of none."""
+    return name.partition("layers.")[2].partition(".")[0]
 
 
 def list_problems(problems: Sequence[str]) -> str:
