@@ -116,11 +116,12 @@ def batched_attention(
     for part in plan.parts:
         rows = slice(start, start + len(part.gather))
         start = rows.stop
-        gathered = (
+        query_rows, key_rows, value_rows = (
             heads.index_select(0, part.gather).view(-1, size, head_dim)
             for heads, size in ((queries, part.length * shared), (keys, part.length), (values, part.length))
         )
-        _attend(*gathered, part, _unseen(part.length, window), attended[rows].view(-1, part.length * shared, head_dim))
+        unseen = _unseen(part.length, window)
+        _attend(query_rows, key_rows, value_rows, part, unseen, out=attended[rows].view(query_rows.shape))
     tokens = out.flatten(1)
     tokens[plan.tokens] = attended.index_select(0, plan.scatter).view(-1, tokens.shape[1]).to(out.dtype)
 
