@@ -282,9 +282,10 @@ def _num_all_heads(config: ModelConfig) -> int:
     return config.num_attention_heads + 2 * config.num_key_value_heads
 
 
-_LAYERS: dict[tuple[str, str], type[FusedLayer]] = {("cpu", "int8"): Int8Layer}
+# by device, or by products of eight bits, which are of one device alone
+LAYERS: dict[str, type[FusedLayer]] = {"cpu": CpuLayer, "cuda": CudaLayer, "int8": Int8Layer}
 
 
 def layer_form(device: torch.device, products: str) -> type[FusedLayer]:
     """The form of a layer for a device and `ComputeDtype.products`."""
-    return _LAYERS.get((device.type, products), CpuLayer if device.type == "cpu" else CudaLayer)
+    return LAYERS.get(products, LAYERS[device.type])
