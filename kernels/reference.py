@@ -178,6 +178,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """round(x * (448 / max(|x|))) in float8 (e4m3) and max(|x|) / 448 of each row; (T, E) -> (T, E), (T, 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return (wide * (448.0 / largest)).to(torch.float8_e4m3fn), largest / 448.0
+
+
+def quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, *, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the `rms_norm` of x, or of x + add, which x then holds; (T, E), (E,) -> (T, E), (T, 1)."""
+    if add is not None:
+        x += add
+    return quantize_rows(rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight, eps))
+
+
+def quantized_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of silu(gate) * up; twice (T, E) -> (T, E), (T, 1)."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return quantize_rows(swiglu(gate.to(wide), up.to(wide)))
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
