@@ -182,7 +182,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """round(x * (448 / max(|x|))) in float8 (e4m3) and max(|x|) / 448 of each row; (T, E) -> (T, E), (T, 1)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    return (wide * (448.0 / largest)).to(torch.float8_e4m3fn), largest / 448.0
+    whole = torch.full_like(largest, 448.0)  # with a number torch divides by way of a reciprocal
+    return (wide * (whole / largest)).to(torch.float8_e4m3fn), largest / whole
 
 
 def quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, *, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
