@@ -112,8 +112,9 @@ class Encoder:
                 its tokenizer's `model_max_length`, else 512, and all positions where the model has fewer.
             device: `auto`, `cpu` or `cuda[:N]`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`, or with weights and states of eight bits in the products
-                `int8` (CPU) or `float8` (CUDA, capability 8.9); `auto` is bfloat16 where the hardware multiplies it.
-                `int8+float32` and the like also say what is between the products, which else is as `auto` chooses.
+                `int8` (CPU) or `float8` (CUDA, capability 8.9). `auto` is bfloat16, but float32 on a CPU that is
+                measured to multiply that clearly faster, and float16 on a GPU without bfloat16. `int8+float32` and the
+                like also say what stands between the products, which else is as `auto` chooses.
             attention: `auto`, `triton` (bivec's kernel), `varlen` (torch's FlashAttention), `flash` (the flash-attn
                 package's) or `sdpa` (torch's over texts of one length). `auto` is on CUDA what was measured to be
                 fastest on such a GPU, bivec's kernel where nothing was, and on the CPU `sdpa`.

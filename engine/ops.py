@@ -278,6 +278,13 @@ def _window_mask(length: int, window: Window, device: torch.device) -> torch.Ten
     return visible
 
 
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and takes float32 or bfloat16 on this processor; how fast, it does not say."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 Activation = Literal["none", "silu"]
 
 
@@ -291,9 +298,7 @@ class PackedLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.bias = bias
         self.num_bytes = weight.numel() * weight.element_size()
-        self.uses_onednn = torch.backends.mkldnn.is_available() and (
-            weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        self.uses_onednn = onednn_multiplies(weight.dtype)
         # 256 is a hint of the number of rows; the result does not depend on it
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 256) if self.uses_onednn else weight
 
