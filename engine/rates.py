@@ -17,6 +17,7 @@ import torch
 from .config import ModelConfig
 from .cores import on_cores
 from .ops import PackedLinear
+from .runner import TILES
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _PRODUCTS = 2  # of a layer's, the costliest: those of the MLP
@@ -62,8 +63,6 @@ def _part(out: int, inputs: int) -> Shape:
 
 def _rates(out: int, inputs: int) -> list[float]:
     """GFLOP/s of one product in each of the dtypes."""
-    from .runner import TILES  # not above: a runner is made for what is chosen
-
     rows = TILES["cpu"][-1]
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(inputs, generator=generator).repeat(count, 1) for count in (rows, out))

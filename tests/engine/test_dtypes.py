@@ -25,6 +25,12 @@ CONFIG = parse_config(
 )
 
 
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch):
+    """Whether this one multiplies integers is test_int8.py's matter."""
+    monkeypatch.setattr(dtypes, "check_products", lambda: None)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """gpu(capability): what torch says that the GPU has."""
