@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from shlex import quote
 from typing import Annotated, Any, Literal
 
@@ -307,26 +308,22 @@ def inspect(
     Architecture, mask, backend, dtype, memory, and whether the mask's self-test passed. With --readers: whether
     transformers, sentence-transformers, vLLM, TEI and llama.cpp read the folder, by what command, or why not.
 
+    What a dtype other than float32 costs is said as cosines of built-in sentences' vectors with float32's. For that the
+    model is loaded again, in float32, after the first has gone from memory: time for both, room for the larger.
+
     Example: bivec inspect --model HuggingFaceTB/SmolLM-135M
     """
     with one_line_errors():
         if readers:
             _print_readers(model, adapter or [], as_json)
             return
+        from .engine.agreement import describe_with_cost
         from .engine.encoder import Encoder
 
         warn_of_default(model)
         note_instruction(model, adapter)
-        encoder = Encoder.from_pretrained(
-            model,
-            adapters=adapter or [],
-            pooling=pooling,
-            max_length=max_length,
-            device=device,
-            dtype=dtype,
-            attention=attention,
-        )
-        description = encoder.describe()
+        load = partial(Encoder.from_pretrained, model, adapters=adapter or [], pooling=pooling, device=device)
+        description = describe_with_cost(load, dtype=dtype, attention=attention, max_length=max_length)
         if as_json:
             echo(json.dumps(description, indent=2, ensure_ascii=False, default=str))
         else:

@@ -16,7 +16,7 @@ from . import checkpoints, ops
 from .adapters import load_merged, load_merged_by_layer, merge_adapters
 from .config import BIDIRECTIONAL, Window, load_config
 from .description import describe, identity
-from .dtypes import DTYPES, ComputeDtype, choose_dtype
+from .dtypes import ComputeDtype, choose_dtype
 from .fastest import fastest_backend
 from .lengths import text_length
 from .model import DecoderLayer, LanguageModel, LlamaModel
@@ -381,9 +381,9 @@ class Encoder:
         """The differentiable pass: final hidden states `(T, E)`, after the last norm, of a packed batch.
 
         Raises:
-            ValueError: the encoder computes in integers, and keeps no float weights.
+            ValueError: the encoder computes in eight bits, and keeps no float weights.
         """
-        if self.compute_dtype.products not in DTYPES:
+        if self.compute_dtype.is_quantized:
             raise ValueError(
                 f"forward_packed needs a float dtype; this encoder computes in {self.compute_dtype.name}: load it with "
                 f"dtype={str(self.compute_dtype.floats).removeprefix('torch.')!r}"

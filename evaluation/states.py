@@ -16,11 +16,9 @@ norm.
 Shapes: N words of all texts, L chosen layers, E hidden size.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from ..engine.encoder import Encoder
+from ..engine.memory import free_memory
 from ..engine.packing import PackedBatch
 from ..engine.tokens import TextTokenizer, Tokenized
 
@@ -175,15 +174,6 @@ def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         )
     with tempfile.NamedTemporaryFile() as file:  # whose memory stays mapped when its name is gone
         return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(*shape)
-
-
-def free_memory() -> int:
-    """Bytes that are free, or taken by what can be read again; half of all where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _locate(encoder: Encoder, words: Words, sub_tokens: SubTokens) -> tuple[list[Tokenized], list[np.ndarray]]:

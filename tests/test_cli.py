@@ -1,6 +1,7 @@
 """The command as a user meets it: help at once, mistakes in one line, the main job from start to end."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -283,9 +284,15 @@ def test_inspect(tiny_llama_folder):
     lines = found.output.splitlines()
     pooling = next(line for line in lines if line.lstrip().startswith("pooling"))
     assert pooling.split() == ["pooling", "mean"]
-    description = json.loads(invoke("inspect", "--model", tiny_llama_folder, "--json").output)
+    description = json.loads(invoke("inspect", "--model", tiny_llama_folder, "--dtype", "float32", "--json").output)
     assert description == json.loads(
-        json.dumps(bivec.Encoder.from_pretrained(tiny_llama_folder).describe(), default=str)
+        json.dumps(bivec.Encoder.from_pretrained(tiny_llama_folder, dtype="float32").describe(), default=str)
+    )
+    options = ("--dtype", "bfloat16", "--max-length", "40")
+    lines = invoke("inspect", "--model", tiny_llama_folder, *options).stdout.splitlines()
+    cost = next(line for line in lines if line.lstrip().startswith("cosine with float32"))
+    assert re.fullmatch(
+        r"least (0|1)\.\d{4}, median (0|1)\.\d{4} \(24 built-in sentences\)", cost.split("  ")[-1].strip()
     )
 
 
