@@ -48,7 +48,14 @@ setup(
         "eval": ["scikit-learn>=1.5", "scipy>=1.13", "matplotlib>=3.9", "mteb>=2.3"],
         "gguf": ["gguf>=0.19"],
         "ray": ["ray>=2.56"],
-        "bench": ["pytest-benchmark>=5", "matplotlib>=3.9", "sentence-transformers>=6", "liger-kernel>=0.6"],
+        "bench": [
+            "pytest-benchmark>=5",
+            "matplotlib>=3.9",
+            "sentence-transformers>=6",
+            "liger-kernel>=0.6",
+            "openvino>=2026.1",
+            "nncf>=3.0",
+        ],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -27,7 +27,7 @@ ATTEMPTS = 2  # at a case that ended its process
 SHARE_OF_MEMORY = 0.9
 # what may differ between two calls of one run
 _OF_A_CALL = ("output", "budget_seconds", "share")
-_OF_THE_CODE = ("source", "python", "packages", "device_name", "cpu", "threads")
+_OF_THE_CODE = ("source", "python", "packages", "device_name", "cpu", "onednn_max_cpu_isa", "threads")
 
 
 @dataclass(frozen=True)

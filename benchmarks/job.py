@@ -35,8 +35,10 @@ from ..serving.folder import ShardOutput
 from ..serving.manifest import Manifest
 from ..serving.settings import EmbedSettings
 from .cases import Case, Results
-from .embed import PEER, choose_texts, describe_texts, load_sentence_transformer, throughput
+from .contender import throughput
+from .embed import choose_texts, describe_texts
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
+from .sentence_transformers_peer import PEER, load_sentence_transformer
 from .shapes import SHAPES, linear_rates, write_checkpoint
 from .texts import DATA
 from .timing import argument_parser, measure, num_rounds, ratio

@@ -18,9 +18,34 @@ import torch
 
 from .timing import FLUSH_BYTES, measure
 
-PACKAGES = ("bivec", "torch", "triton", "transformers", "sentence-transformers", "peft", "flash-attn", "liger-kernel")
+PACKAGES = (
+    "bivec",
+    "torch",
+    "triton",
+    "transformers",
+    "sentence-transformers",
+    "openvino",
+    "nncf",
+    "llama-cpp-python",
+    "peft",
+    "flash-attn",
+    "liger-kernel",
+)
 # the flags that decide which matrix instructions there are
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "sve")
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "bf16",
+    "sve",
+)
 
 
 def describe_machine(device: str | torch.device = "cpu", dtypes: Sequence[str] = ("float32", "bfloat16")) -> dict:
@@ -38,6 +63,8 @@ def describe_machine(device: str | torch.device = "cpu", dtypes: Sequence[str] =
         "platform": platform.platform(),
         "cpu": model,
         "cpu_flags": flags,
+        # what holds oneDNN to fewer, torch's and OpenVINO's alike
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from ..engine.int8 import Int8Linear
 from .timing import FLUSH_BYTES, error_text, measure
 
 
@@ -93,13 +94,21 @@ def linear_rates(shape: Shape, dtype: torch.dtype, device: str | torch.device, *
     device = torch.device(device)
     columns_of = sum(rows * columns for rows, columns in shape.linears)
     num_layers = min(shape.num_layers, math.ceil(FLUSH_BYTES / (columns_of * dtype.itemsize)))
-    weights = [torch.randn(size, device=device).to(dtype) * 0.02 for _ in range(num_layers) for size in shape.linears]
+    sizes = shape.linears * num_layers
+    if dtype == torch.int8:
+        weights = [torch.randint(-127, 128, size, dtype=torch.int8) for size in sizes]
+    else:
+        weights = [torch.randn(size, device=device).to(dtype) * 0.02 for size in sizes]
     rates: dict = {"best": None}
     for rows in (8192,) if device.type == "cuda" else (256, 1024):
         inputs = {columns: torch.randn(rows, columns, device=device).to(dtype) for _, columns in shape.linears}
-        ways: dict[str, Callable | str] = {f"plain, {rows} rows": _all_linears(F.linear, weights, inputs)}
-        if device.type == "cpu":
-            ways[f"prepacked, {rows} rows"] = _prepacked(weights, inputs, rows)
+        ways: dict[str, Callable | str] = {}
+        if dtype == torch.int8:
+            ways[f"prepacked, {rows} rows"] = _prepacked_int8(weights, inputs)
+        else:
+            ways[f"plain, {rows} rows"] = _all_linears(F.linear, weights, inputs)
+            if device.type == "cpu":
+                ways[f"prepacked, {rows} rows"] = _prepacked(weights, inputs, rows)
         for name, timing in measure(ways, rounds=rounds, warmup=1, device=device).items():
             flops = 2 * rows * num_layers * columns_of
             rates[name] = timing.skipped or flops / min(timing.seconds)
@@ -130,6 +139,21 @@ def _prepacked(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], row
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     return _all_linears(linear, packed, inputs, widths=[weight.shape[1] for weight in weights])
+
+
+def _prepacked_int8(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor]) -> Callable[[], None] | str:
+    """Products of rows and weights that are eight bits already, without what quantises rows."""
+    rows = {columns: (x.int() + 128).to(torch.uint8) for columns, x in inputs.items()}
+    try:
+        with torch.inference_mode():
+            packed = [Int8Linear(weight, None) for weight in weights]
+    except (AttributeError, RuntimeError) as error:
+        return error_text(error)
+
+    def linear(x: torch.Tensor, weight: Int8Linear) -> torch.Tensor:
+        return weight(x)
+
+    return _all_linears(linear, packed, rows, widths=[weight.shape[1] for weight in weights])
 
 
 def _load_tokenizer(path: str | Path):
