@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..kernels.attention.batched import LENGTHS
 from .checkpoints import Checkpoint
 from .config import ModelConfig, Window
 from .dtypes import ComputeDtype
@@ -93,6 +94,7 @@ def describe(encoder: Described) -> dict[str, Any]:
             "device": _device_name(encoder.device),
             "dtype": f"{encoder.compute_dtype.name}: {encoder.compute_dtype.reason}",
             "attention": f"{runner.backend}: {encoder.backend_reason}" if encoder.backend_reason else runner.backend,
+            **({"attention in batches": _in_batches()} if runner.in_batches else {}),
             "equal-length attention": f"one by one: {runner.one_by_one}" if runner.one_by_one else "batched",
             "cores a pass": f"1: {runner.one_core}" if runner.one_core else "any number, with the same bits",
             "row tiles": ", ".join(map(str, runner.tiles)),
@@ -141,6 +143,10 @@ def _sample(encoder: Described) -> str:
     ids = [(17 * place + 3) % encoder.config.vocab_size for place in range(min(27, encoder.max_length))]
     vectors, _, _ = encoder.encode_tokenized([Tokenized(ids[:length], 0) for length in (1, 9, 27)])
     return hashlib.sha256(vectors.tobytes()).hexdigest()
+
+
+def _in_batches() -> str:
+    return f"over {LENGTHS.start} to {LENGTHS.stop - 1} tokens, of bfloat16 products"
 
 
 def _version(library: str) -> str | None:
