@@ -50,10 +50,10 @@ def differing_lengths(
             [config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads], dim=1
         )
         batch = PackedBatch.from_sequences([[0] * length for length in company])
-        plan = batched.plan_batches(company, num_groups) if in_batches else None
+        parts = batched.plan_batches(company, num_groups) if in_batches else []
         used = query[:, :num_heads], key[:, :num_groups], value[:, :num_groups]
         out = torch.empty(used[0].shape, dtype=dtype)
-        return ops.attention(*used, batch, window, "sdpa", out=out, plan=plan)
+        return ops.attention(*used, batch, window, "sdpa", out=out, parts=parts)
 
     in_company: set[int] = set()
     on_several: set[int] = set()

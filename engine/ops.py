@@ -5,7 +5,7 @@ Shapes: T packed tokens, S sequences, H query heads, G key/value heads, D head d
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -86,13 +86,13 @@ def attention(
     seeds: torch.Tensor | None = None,  # int64 (S,)
     together: bool = True,
     tile_list: torch.Tensor | None = None,
-    plan: batched.Plan | None = None,
+    parts: Sequence[batched.Part] = (),
 ) -> torch.Tensor:
     """Attention of each sequence of `batch` within itself, `(T, H, D)`; differentiable unless `out` is given.
 
     Args:
         tile_list: what `list_tiles` gave for the batch, the same for all layers; else `triton` makes its own.
-        plan: of `plan_batches` for the batch, the same for all layers: which sequences `sdpa` takes by
+        parts: of `plan_batches` for the batch, the same for all layers: which sequences `sdpa` takes by
             `batched_attention`.
         together: whether `sdpa` may take sequences of one length in one call.
         dropout_p: the chance that an attention probability is dropped.
@@ -120,7 +120,7 @@ def attention(
     elif random or (out is None and _trains_on_cpu(query, key, value)):
         packed_attention = padded_attention
     else:
-        return _equal_lengths_attention(query, key, value, batch, window, out, together, plan)
+        return _equal_lengths_attention(query, key, value, batch, window, out, together, parts)
     output = packed_attention(
         query,
         key,
@@ -154,7 +154,7 @@ def attends_in_batches(backend: str, like: torch.Tensor) -> bool:
     return on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def plan_batches(batch: PackedBatch, num_key_value_heads: int) -> batched.Plan | None:
+def plan_batches(batch: PackedBatch, num_key_value_heads: int) -> list[batched.Part]:
     """What all layers of a pass give to `attention` where it attends in batches."""
     return batched.plan_batches(batch.seqlens, num_key_value_heads)
 
@@ -214,15 +214,15 @@ def _equal_lengths_attention(
     window: Window,
     out: torch.Tensor | None,
     together: bool,
-    plan: batched.Plan | None,
+    parts: Sequence[batched.Part],
 ) -> torch.Tensor:
     """What the plan holds in batches; one call for each run of neighbours of one length, or for each sequence."""
     outputs = []
-    if plan is not None:
+    if parts:
         out = torch.empty_like(query) if out is None else out
-        batched.batched_attention(query, key, value, plan, window, out)
+        batched.batched_attention(query, key, value, parts, window, out)
     for first, count, length in batch.equal_length_runs:
-        if plan is not None and length in batched.LENGTHS:
+        if parts and length in batched.LENGTHS:
             continue
         size = count if together else 1
         for start in range(first, first + count * length, size * length):

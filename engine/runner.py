@@ -180,7 +180,7 @@ class Runner:
         settings: dict[str, Any] = {
             "together": not self.one_by_one,
             "tile_list": ops.list_tiles(batch, self.backend),
-            "plan": ops.plan_batches(batch, self.config.num_key_value_heads) if self.in_batches else None,
+            "parts": ops.plan_batches(batch, self.config.num_key_value_heads) if self.in_batches else (),
         }
         yield hidden[:num_tokens]
         for layer, window in zip(layers, windows, strict=True):

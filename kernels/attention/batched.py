@@ -9,7 +9,7 @@ of a few lengths, so that there are few calls. Each sequence and key head is a m
 depends on its own length alone, never on its company.
 
 `T` packed tokens, `H` query heads, `G` key/value heads, `D` head dimension; a part has `B` sequences of up to `L`
-tokens, each padded to `L`.
+tokens, each padded to `L`, with `h` query heads to a key head.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from torch import Tensor
 
 # tokens of a sequence: torch's attention is as fast on shorter ones, and the scores of longer ones leave the cache
 LENGTHS = range(17, 513)
-_MAX_TOKENS = 2**12  # of a part, padding counted
-_SCORES = 2**16  # at once, unless one matrix has more: they stay in the cache
+_MAX_TOKENS = 512  # of a part, padding counted: its heads stay in the cache
+_SCORES = 2**16  # at once, unless one matrix has more: they stay in a nearer one
 _HIDDEN = -1e30  # not -inf, so that padding that sees nothing stays finite
 
 
@@ -31,118 +31,107 @@ class Part:
     """Sequences that are computed together.
 
     Attributes:
-        gather: int64 `(B G L,)`, the row of `(T G,)` (token, head) at each place; padding repeats the last token.
+        length: L.
+        gather: int64 `(B L,)`, the token at each place; padding repeats the last one.
         padding: float32 `(B G, 1, L)`, what hides keys that are padding; None where there are none.
+        tokens: what the part writes of `(T,)`.
+        scatter: int64 `(tokens G,)`, the place of each of them, and head, among `(B G L,)`.
     """
 
     length: int
     gather: Tensor
     padding: Tensor | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all layers of a pass compute alike.
-
-    Attributes:
-        tokens: the sequences' rows of `(T,)`.
-        scatter: int64, the place of each of their rows (token, head) among those of all parts, one after another.
-    """
-
-    parts: tuple[Part, ...]
     tokens: slice | Tensor
     scatter: Tensor
 
 
-def plan_batches(seqlens: Sequence[int], num_groups: int) -> Plan | None:
-    """How to compute the sequences whose lengths are in `LENGTHS`; None where there are none."""
+def plan_batches(seqlens: Sequence[int], num_groups: int) -> list[Part]:
+    """How to compute the sequences whose lengths are in `LENGTHS`, the same for all layers of a pass.
+
+    Args:
+        num_groups: G.
+    """
     lengths = np.array(seqlens, dtype=np.int64)
     starts = lengths.cumsum() - lengths
     chosen = np.flatnonzero((lengths >= LENGTHS.start) & (lengths < LENGTHS.stop))
-    if not len(chosen):
-        return None
     padded = _padded_length(lengths[chosen])
-    groups = np.arange(num_groups)[None, :, None]
-    parts, scatter, tokens, offset = [], [], [], 0
-    for length in np.unique(padded):
+    parts = []
+    for length in np.unique(padded).tolist():
         alike = chosen[padded == length]
         at_once = max(_MAX_TOKENS // length, 1)
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
-            count, own = len(some), lengths[some, None]
-            places = np.arange(length)[None]
-            rows = starts[some, None] + np.minimum(places, own - 1)  # (B, L)
-            gather = rows[:, None, :] * num_groups + groups  # (B, G, L)
-            is_padding = places >= own
-            padding = None
-            if is_padding.any():
-                hiding = np.where(is_padding, _HIDDEN, 0.0).astype(np.float32)
-                padding = torch.from_numpy(hiding).repeat_interleave(num_groups, 0)[:, None]
-            parts.append(Part(int(length), torch.from_numpy(gather.reshape(-1)), padding))
-            found = offset + np.arange(count * num_groups * length).reshape(count, num_groups, length)
-            scatter.append(found.transpose(0, 2, 1)[~is_padding])  # (tokens of the part, G)
-            tokens.append(rows[~is_padding])
-            offset += found.size
-    all_tokens = np.concatenate(tokens)
-    order = np.argsort(all_tokens, kind="stable")
-    ordered = all_tokens[order]
-    whole = ordered[-1] - ordered[0] + 1 == len(ordered)
-    return Plan(
-        tuple(parts),
-        slice(int(ordered[0]), int(ordered[-1]) + 1) if whole else torch.from_numpy(ordered),
-        torch.from_numpy(np.concatenate(scatter)[order].reshape(-1)),
+            parts.append(_part(starts[some], lengths[some], length, num_groups))
+    return parts
+
+
+def _part(starts: np.ndarray, lengths: np.ndarray, length: int, num_groups: int) -> Part:
+    count, places = len(starts), np.arange(length)
+    is_padding = places >= lengths[:, None]  # (B, L)
+    rows = starts[:, None] + np.minimum(places, lengths[:, None] - 1)
+    tokens = rows[~is_padding]
+    by_place = np.arange(count * num_groups * length).reshape(count, num_groups, length).transpose(0, 2, 1)
+    padding = None
+    if is_padding.any():
+        hiding = np.where(is_padding, _HIDDEN, 0.0).astype(np.float32)
+        padding = torch.from_numpy(hiding).repeat_interleave(num_groups, 0)[:, None]
+    in_order = bool((np.diff(tokens) == 1).all())
+    return Part(
+        length,
+        torch.from_numpy(rows.reshape(-1)),
+        padding,
+        slice(int(tokens[0]), int(tokens[-1]) + 1) if in_order else torch.from_numpy(tokens),
+        torch.from_numpy(by_place[~is_padding].reshape(-1)),
     )
 
 
 def batched_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: tuple[int, int], out: Tensor
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], window: tuple[int, int], out: Tensor
 ) -> None:
-    """Writes the planned sequences' rows of `out` `(T, H, D)`.
+    """Writes the rows of `out` `(T, H, D)` that are of the parts' sequences.
 
     Args:
         query: `(T, H, D)`, any float dtype.
         key, value: `(T, G, D)`.
         window: as flash-attention's `window_size`.
     """
-    num_heads, head_dim = query.shape[1:]
-    num_groups = key.shape[1]
-    shared = num_heads // num_groups
-    queries = query.to(torch.bfloat16, memory_format=torch.contiguous_format).view(-1, shared * head_dim)
-    keys, values = (
-        part.to(torch.bfloat16, memory_format=torch.contiguous_format).view(-1, head_dim) for part in (key, value)
-    )
-    attended = queries.new_empty(sum(len(part.gather) for part in plan.parts), shared * head_dim)
-    start = 0
-    for part in plan.parts:
-        rows = slice(start, start + len(part.gather))
-        start = rows.stop
-        query_rows, key_rows, value_rows = (
-            heads.index_select(0, part.gather).view(-1, size, head_dim)
-            for heads, size in ((queries, part.length * shared), (keys, part.length), (values, part.length))
+    head_dim, num_groups = query.shape[2], key.shape[1]
+    by_group = query.unflatten(1, (num_groups, -1)).flatten(2)  # (T, G, h D)
+    for part in parts:
+        # (B G, L h, D), (B G, L, D)
+        queries, keys, values = (
+            heads.index_select(0, part.gather)
+            .unflatten(0, (-1, part.length))
+            .transpose(1, 2)
+            .to(torch.bfloat16, memory_format=torch.contiguous_format)
+            .reshape(-1, part.length * heads.shape[2] // head_dim, head_dim)
+            for heads in (by_group, key, value)
         )
-        unseen = _unseen(part.length, window)
-        _attend(query_rows, key_rows, value_rows, part, unseen, out=attended[rows].view(query_rows.shape))
-    tokens = out.flatten(1)
-    tokens[plan.tokens] = attended.index_select(0, plan.scatter).view(-1, tokens.shape[1]).to(out.dtype)
+        attended = _attend(queries, keys, values, part, window).view(-1, by_group.shape[2])
+        out[part.tokens] = attended.index_select(0, part.scatter).view(-1, *out.shape[1:]).to(out.dtype)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, unseen: Tensor | None, out: Tensor) -> None:
-    """Writes `out` `(B G, L shared, D)`, a few matrices at a time, whose scores stay in the cache."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, window: tuple[int, int]) -> Tensor:
+    """`(B G, L h, D)`, a few matrices at a time."""
     num_matrices, num_queries = query.shape[:2]
     at_once = max(_SCORES // (num_queries * part.length), 1)
+    # the same memory for each few: what is fresh costs more than what is done there
     shape = (min(at_once, num_matrices), num_queries, part.length)
     products, scores, probabilities = query.new_empty(shape), torch.empty(shape), torch.empty(shape)
+    out = query.new_empty(query.shape)
+    unseen = _unseen(part.length, window)
     for first in range(0, num_matrices, at_once):
         some = slice(first, min(first + at_once, num_matrices))
         count = slice(0, some.stop - first)
         rounded, found = products[count], scores[count]
         torch.bmm(query[some], key[some].mT, out=rounded)
-        torch.mul(found.copy_(rounded), value.shape[-1] ** -0.5, out=found)
+        torch.mul(found.copy_(rounded), query.shape[2] ** -0.5, out=found)
         if part.padding is not None:
             found += part.padding[some]
         if unseen is not None:
             found.unflatten(1, (part.length, -1)).masked_fill_(unseen[:, None, :], _HIDDEN)
         torch.bmm(rounded.copy_(torch.softmax(found, -1, out=probabilities[count])), value[some], out=out[some])
+    return out
 
 
 def _padded_length(lengths: np.ndarray) -> np.ndarray:

@@ -20,9 +20,7 @@ def heads_of(lengths, num_heads=6, num_groups=2, head_dim=24, dtype=torch.float3
 def attend(query, key, value, lengths, window=(-1, -1)):
     """NaN where nothing is written."""
     out = torch.full(query.shape, torch.nan)
-    plan = plan_batches(lengths, key.shape[1])
-    if plan is not None:
-        batched_attention(query, key, value, plan, window, out)
+    batched_attention(query, key, value, plan_batches(lengths, key.shape[1]), window, out)
     return out
 
 
@@ -75,16 +73,16 @@ def test_large_scores_do_not_overflow():
     assert (found - expected).abs().amax(-1).median() == 0
 
 
-def test_nothing_to_do_is_no_plan():
-    assert plan_batches([], 2) is None
-    assert plan_batches([LENGTHS.start - 1, LENGTHS.stop, 0], 2) is None
+def test_other_lengths_are_in_no_part():
+    assert plan_batches([], 2) == []
+    assert plan_batches([LENGTHS.start - 1, LENGTHS.stop, 0], 2) == []
 
 
 def test_the_output_may_be_of_another_dtype():
     heads = heads_of([40, 3, 41])
-    plan = plan_batches([40, 3, 41], 2)
+    parts = plan_batches([40, 3, 41], 2)
     whole, rounded = torch.zeros(heads[0].shape), torch.zeros(heads[0].shape, dtype=torch.bfloat16)
     for out in (whole, rounded):
-        batched_attention(*heads, plan, (-1, -1), out)
+        batched_attention(*heads, parts, (-1, -1), out)
     assert torch.equal(whole.bfloat16(), rounded)
     assert not whole[40:43].any()
