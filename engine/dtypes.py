@@ -5,15 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from .config import ModelConfig
+from .dtype_names import FLOATS, NAMES, QUANTIZED
 from .int8 import check_products
 from .ops import onednn_multiplies
 from .rates import product_rates
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# weights and rows of eight bits: the device that multiplies them, and the float dtypes that may stand beside them
-_QUANTIZED = {"int8": ("cpu", ("float32", "bfloat16")), "float8": ("cuda", ("bfloat16",))}
-_WRITTEN = [f"{products}+{floats}" for products, (_, beside) in _QUANTIZED.items() for floats in beside]
-NAMES = ("auto", *DTYPES, *_QUANTIZED, *_WRITTEN)
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOATS}
 
 _FLOAT8_CAPABILITY = (8, 9)
 # as fast as float32 must be to be worth its memory; far from it, as processors are, the choice is ever the same
@@ -37,7 +34,7 @@ class ComputeDtype:
     @property
     def is_quantized(self) -> bool:
         """Whether products are of eight bits, with scales."""
-        return self.products in _QUANTIZED
+        return self.products in QUANTIZED
 
     @property
     def name(self) -> str:

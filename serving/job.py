@@ -159,6 +159,8 @@ def _embed_into_folder(
         inputs = fingerprint(files)
         earlier = None if settings.overwrite else Manifest.read(folder.path)
         plan = _plan(settings, files, stamps, load, inputs, earlier.shards if earlier else None)
+        if earlier:
+            plan = plan.in_dtype_of(earlier)
         first, step = share or (0, 1)
         mine = range(first, len(plan.shards), step)
         if earlier:
@@ -180,7 +182,7 @@ def _embed_into_folder(
                 progress.start()
             begun = True
 
-        with _Progress(plan, summary, pending) as progress:
+        def embed(plan: Plan) -> None:
             if settings.ray is not None:
                 from .ray import on_ray
 
@@ -189,6 +191,16 @@ def _embed_into_folder(
                 in_processes(plan, pending, on_ready, progress.on_done, progress.on_pass, num_workers)
             else:
                 in_this_process(plan, pending, on_ready, progress.on_done, progress.on_pass)
+
+        with _Progress(plan, summary, pending) as progress:
+            try:
+                embed(plan)
+            except ValueError:
+                # another share may have begun the job meanwhile, in what is faster where that one runs
+                now = None if begun or settings.overwrite else Manifest.read(folder.path)
+                if now is None or plan.in_dtype_of(now) == plan:
+                    raise
+                embed(plan.in_dtype_of(now))
             done = [manifest.is_done(folder.path, n, shard.num_rows) for n, shard in enumerate(plan.shards)]
             summary.num_shards_left = done.count(False)
             if all(done):

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from ..engine.dtype_names import leaves_open
 from .manifest import Manifest
 from .shards import Done
 from .workers import Plan, ShardWorker
@@ -99,6 +100,8 @@ def _embed(
         num_cpus=num_cpus, num_gpus=1 if num_gpus else 0, max_concurrency=_OUTSTANDING + 1, max_restarts=0
     )(ShardActor)
     plan_reference = ray.put(plan)
+    # as with local workers the first measures dtypes for all
+    num_started = 1 if leaves_open(plan.settings.dtype) and not num_gpus else count
     left = list(reversed(numbers))
     attempts = dict.fromkeys([*numbers, None], 0)
     running: dict[Any, tuple[Any, int | None]] = {}  # a call's reference to its actor and shard; None: it loads
@@ -112,7 +115,7 @@ def _embed(
             number = left.pop()
             running[actor.embed.remote(number)] = (actor, number)
 
-    for _ in range(count):
+    for _ in range(num_started):
         start_actor()
     while running:
         (reference, *_), _ = ray.wait(list(running), num_returns=1)
@@ -136,6 +139,11 @@ def _embed(
             on_ready(result)
             for _ in range(_OUTSTANDING):
                 give_shard(actor)
+            if num_started < count:
+                plan_reference = ray.put(plan.in_dtype_of(result))
+            for _ in range(num_started, count):
+                start_actor()
+            num_started = count
         else:
             on_done(result)
             give_shard(actor)

@@ -14,13 +14,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from .. import __version__
+from ..engine.dtype_names import kept_dtype, leaves_open
 from ..texts.rows import InputFile
 from .folder import ShardOutput
 from .manifest import Manifest
@@ -48,6 +49,12 @@ class Plan:
     stamps: Sequence[tuple[int, int] | None]
     inputs: list[dict[str, Any]]
     shards: list[Shard]
+
+    def in_dtype_of(self, manifest: Manifest) -> "Plan":
+        """The plan in the dtype that a manifest says, as far as the settings leave it open."""
+        asked = self.settings.dtype
+        dtype = kept_dtype(asked, manifest.configuration["encoder"].get("dtype", asked))
+        return replace(self, settings=replace(self.settings, dtype=dtype))
 
     def configuration(self) -> dict[str, Any]:
         """What the vectors depend on as far as the settings say it."""
@@ -197,6 +204,8 @@ def in_processes(
 ) -> None:
     """Embeds shards in `num_workers` spawned processes; `on_ready` is called with each one's manifest.
 
+    Where a dtype is to be measured the first worker does it, and the others load in what it found.
+
     Raises:
         ChildProcessError: a worker died.
         RowError, ValueError, OSError: as `embed_shards`, from the first worker that failed.
@@ -204,13 +213,21 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     connections: dict[Connection, Any] = {}
     ended: set[Connection] = set()
-    try:
-        for worker, environment in enumerate(_environments(plan.settings.device, num_workers)):
+    environments = list(_environments(plan.settings.device, num_workers))
+    measured = leaves_open(plan.settings.dtype) and "CUDA_VISIBLE_DEVICES" not in environments[0]
+    at_first = 1 if measured else num_workers
+
+    def start(plan: Plan, workers: range) -> None:
+        for worker in workers:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, plan, environment, worker == 0), daemon=True)
+            arguments = (theirs, plan, environments[worker], worker == 0)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             connections[ours] = process
+
+    try:
+        start(plan, range(at_first))
         left = iter(numbers)
         while len(ended) < len(connections):
             for connection in wait([connection for connection in connections if connection not in ended]):
@@ -226,6 +243,7 @@ def in_processes(
                     continue
                 if isinstance(message, Manifest):
                     on_ready(message)
+                    start(plan.in_dtype_of(message), range(len(connections), num_workers))
                 else:
                     on_done(message)
                 for _ in range(_OUTSTANDING if isinstance(message, Manifest) else 1):

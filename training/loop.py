@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
 from ..engine import ops
 from ..engine.adapter_export import base_reference
 from ..engine.checkpoints import Checkpoint, resolve
+from ..engine.dtypes import DTYPES
 from ..engine.fingerprint import fingerprint
 from ..engine.outputs import naming, refuse_inputs
 from ..engine.overlap import ahead
@@ -112,6 +113,7 @@ def train(settings: TrainingSettings) -> TrainingSummary:
         accelerator.wait_for_everyone()
         check_output(output, settings)
         saved = find_checkpoint(output, settings)
+        prepared = replace(prepared, dtype=_common_dtype(prepared, saved))
         with torch.random.fork_rng(devices=[]):
             run = _Run(prepared, accelerator, output, saved)
             accelerator.wait_for_everyone()  # all have looked at the output, and nothing is wrong with model and data
@@ -327,6 +329,7 @@ class _Run:
             "token_budget": self.passes.token_budget,
             "schedule": self.optimizer.schedule_state(),
             "settings": self.settings.shaping_the_result(),
+            "dtype": str(self.trainee.dtype).removeprefix("torch."),
             "data": self.stage.fingerprint,
             "model": self.model_files,
             "evaluation": self.evaluation,
@@ -388,6 +391,12 @@ def _accelerator(settings: TrainingSettings, device: torch.device) -> Accelerato
     if absent:
         raise ValueError(f"report_to: {', '.join(sorted(absent))} is not installed")
     return made
+
+
+def _common_dtype(prepared: Prepared, saved: checkpoint.Saved | None) -> torch.dtype:
+    """What the run was begun in, or else what the first process found to be faster, for all processes."""
+    before = None if saved is None else saved.state.get("dtype")
+    return broadcast_object_list([prepared.dtype if before is None else DTYPES[before]])[0]
 
 
 def _inputs(settings: TrainingSettings, model: Checkpoint) -> list[Path]:

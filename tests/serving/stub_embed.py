@@ -2,7 +2,8 @@
 
 A text with "<die once>" kills its process unless the file that DIED names is there, which it makes; one with "<hang
 once>" never comes to an end. With PAUSE_AT=n it prints "paused" at the n-th call of `encode_tokenized` and waits to be
-killed. A worker may be silent for SILENCE seconds. With SHOW_PASSES each pass that the job hears of is printed.
+killed. A worker may be silent for SILENCE seconds. With SHOW_PASSES each pass that the job hears of is printed. With
+MEASURED dtypes are measured: bfloat16 is faster for whoever makes the file of that name, and float32 for all others.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ class StubEncoder:
     """What a job uses of `Encoder`. "<nan>" in a text makes its vector not finite, "<none>" leaves it none; a text with
     "<long>" is cut."""
 
-    def __init__(self):
+    def __init__(self, dtype: str | None = None):
+        self.dtype = dtype
         self.prompts = {"search": "find: "}
         self.default_prompt_name: str | None = None
         self.calls: list[dict] = []
@@ -45,7 +47,7 @@ class StubEncoder:
         return {"model": {"name": "stub"}}
 
     def identity(self) -> dict:
-        return {"base": "stub", "libraries": {"stub": "1"}}
+        return {"base": "stub", "libraries": {"stub": "1"}} | ({"dtype": self.dtype} if self.dtype else {})
 
     def tokenize_rows(self, texts, *, prompt):
         return [Text(prompt, text, "<long>" in text) for text in texts]
@@ -82,13 +84,23 @@ def hang() -> None:
         time.sleep(1)
 
 
-def load(_) -> StubEncoder:
+def measure() -> str:
+    try:
+        open(os.environ["MEASURED"], "x").close()
+    except FileExistsError:
+        return "float32"
+    return "bfloat16"
+
+
+def load(settings) -> StubEncoder:
     from bivec.serving import shards, workers
 
     shards._WINDOW_ROWS = 2  # in every worker
     workers._SILENCE_SECONDS = float(os.environ.get("SILENCE", 60))
     workers._REPORT_SECONDS = -1.0  # every pass
-    return StubEncoder()
+    if "MEASURED" not in os.environ:
+        return StubEncoder()
+    return StubEncoder(measure() if settings.dtype == "auto" else settings.dtype)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -317,6 +318,50 @@ def test_shares_apart_make_the_whole(embed, settings, uninterrupted):
     assert contents(settings) == uninterrupted
     with pytest.raises(ValueError, match="precision was"):
         embed(settings, shard="1/2", precision="int8")
+
+
+def test_a_job_goes_on_in_the_dtype_that_it_was_begun_in(stub, settings, uninterrupted):
+    """Whatever is measured to be faster by then; another one that is asked for is refused."""
+    asked = []
+
+    def embed(measured, **changes):
+        def load(settings):
+            asked.append(settings.dtype)
+            return stub.StubEncoder({"auto": measured, "int8": f"int8+{measured}"}.get(settings.dtype, settings.dtype))
+
+        run(replace(settings, **changes), load)
+
+    for dtype, written in {"auto": "bfloat16", "int8": "int8+bfloat16"}.items():
+        embed("bfloat16", dtype=dtype, overwrite=True)
+        for again in (dtype, "auto", written):
+            (Path(settings.output) / "part-00002.parquet").unlink()
+            embed("float32", dtype=again, resume=True)
+            assert contents(settings) == uninterrupted
+        assert asked == [dtype, written, written, written]
+        asked.clear()
+        with pytest.raises(ValueError, match=f'encoder.dtype was "{re.escape(written)}", is "float32"'):
+            embed("bfloat16", dtype="float32", resume=True)
+        asked.clear()
+
+
+def test_a_share_goes_on_in_the_dtype_of_one_that_began_meanwhile(stub, settings, uninterrupted):
+    asked = []
+
+    def share(number, measured, meanwhile=lambda: None):
+        def load(settings):
+            asked.append(settings.dtype)
+            meanwhile()
+            return stub.StubEncoder(measured if settings.dtype == "auto" else settings.dtype)
+
+        run(replace(settings, shard=f"{number}/2"), load)
+
+    def first():
+        if asked == ["auto"]:
+            share(0, "bfloat16")
+
+    share(1, "float32", first)
+    assert asked == ["auto", "auto", "bfloat16"]
+    assert contents(settings) == uninterrupted
 
 
 @pytest.mark.parametrize("shard", ["2/2", "a", "0/0", "-1/2", "1"])

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bivec import cli_shared
-from bivec.serving import workers
+from bivec.serving import manifest, workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -33,6 +33,14 @@ def test_two_workers_and_one_that_is_killed(start, texts, tmp_path):
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "two"))
     assert pq.read_table(tmp_path / "one").equals(pq.read_table(tmp_path / "out"))
     assert pq.read_table(tmp_path / "one").num_rows == 50
+
+
+def test_what_the_first_worker_measures_holds_for_all(start, texts, tmp_path):
+    process = start(texts, "--output", tmp_path / "out", "--workers", 3, pause_at=0, MEASURED=str(tmp_path / "made"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert manifest.Manifest.read(tmp_path / "out").configuration["encoder"]["dtype"] == "bfloat16"
+    assert pq.read_table(tmp_path / "out").num_rows == 50
 
 
 def test_workers_tell_of_each_pass(start, texts, tmp_path):

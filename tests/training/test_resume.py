@@ -10,13 +10,14 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bivec.engine import weights
+from bivec.engine import dtypes, weights
 from bivec.training import checkpoint, train
 from bivec.training.optimizer import Optimizer
 from bivec.training.output import LOG
@@ -251,6 +252,36 @@ def test_resuming_a_finished_run_changes_nothing(settings):
     summary = train(settings(max_steps=3, resume=True))
     assert (summary.first_step, summary.steps, summary.tokens) == (3, 0, 0)
     assert contents(Path(run.output)) == before
+
+
+@pytest.mark.parametrize("begun", ["bfloat16", "float32"])
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(settings, monkeypatch, exit_code, begun):
+    """Whatever is measured to be faster by then, and bitwise."""
+
+    def faster(dtype):
+        monkeypatch.setattr(dtypes, "onednn_multiplies", lambda dtype: True)
+        monkeypatch.setattr(dtypes, "product_rates", lambda config: (1.0, 2.0) if dtype == "bfloat16" else (2.0, 1.0))
+
+    asked, auto = (settings(name, dtype=dtype, max_steps=3) for name, dtype in (("asked", begun), ("auto", "auto")))
+    assert exit_code(lambda: train(asked)) == 0
+    faster(begun)
+    original = checkpoint.save
+
+    def stop(*arguments):
+        original(*arguments)
+        die()
+
+    def interrupted():
+        monkeypatch.setattr(checkpoint, "save", stop)
+        train(auto)
+
+    assert exit_code(interrupted) == -signal.SIGKILL
+    faster({"bfloat16": "float32", "float32": "bfloat16"}[begun])
+    assert exit_code(lambda: train(replace(auto, resume=True))) == 0
+    expected, found = contents(Path(asked.output)), contents(Path(auto.output))
+    assert found[0][1:] == expected[0][1:]
+    assert found[1] == expected[1]
+    assert checkpoint.newest(Path(auto.output)).state["dtype"] == begun
 
 
 def test_refuses_another_configuration_or_other_data(settings, text_file):
