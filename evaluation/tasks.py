@@ -110,7 +110,8 @@ def evaluate(settings: EvaluateSettings, show: Callable[[Report], object] = lamb
 
 def _evaluate(settings: EvaluateSettings, unfinished: Unfinished | None = None) -> Report:
     units = read_units(settings)
-    encoder = load_encoder(settings)
+    dtype = settings.dtype if unfinished is None else unfinished.dtype(settings.dtype)
+    encoder = load_encoder(replace(settings, dtype=dtype))
     report = empty_report(settings, {unit.name: unit.fingerprint for unit in units}, encoder)
     if unfinished is not None:
         unfinished.begin(report)

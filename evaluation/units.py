@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..engine.dtype_names import kept_dtype
 from ..engine.encoder import Encoder
 from ..engine.outputs import AtomicFile, refuse_existing
 from .report import Report, Score, finite, read_score
@@ -58,6 +59,12 @@ class Unfinished:
         refuse_existing(self._path, _is_unfinished, overwrite=True)
         self._resume, self._overwrite = resume, overwrite
         self._content: dict[str, Any] = {}
+
+    def dtype(self, asked: str) -> str:
+        """The one to go on in: that of what is there, as far as `asked` leaves it open."""
+        if not (self._resume and self._path.exists()):
+            return asked
+        return kept_dtype(asked, json.loads(self._path.read_text(encoding="utf-8"))["model"]["dtype"])
 
     def begin(self, report: Report) -> None:
         """Take over what is there.

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bivec import cli
+from bivec.engine import dtypes
 from bivec.evaluation import classification
 
 
@@ -20,9 +21,10 @@ def evaluate(tiny_llama_folder, labelled_folder, tmp_path):
 
 
 @pytest.fixture
-def interrupted(evaluate, monkeypatch, tmp_path):
-    """A classification that ended while its second data set was scored; returns the data sets that are scored."""
-    scored = []
+def interrupt(evaluate, monkeypatch, tmp_path):
+    """interrupt(*options): a classification that ends while its second data set is scored, which gives the data sets
+    that are scored."""
+    scored: list[str] = []
     classify = classification.classify
 
     def counting(task, *arguments):
@@ -31,10 +33,18 @@ def interrupted(evaluate, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return classify(task, *arguments)
 
-    monkeypatch.setattr(classification, "classify", counting)
-    assert evaluate().exit_code == 130
-    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["report.json.unfinished"]
-    return scored
+    def interrupt(*options):
+        monkeypatch.setattr(classification, "classify", counting)
+        assert evaluate(*options).exit_code == 130
+        assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["report.json.unfinished"]
+        return scored
+
+    return interrupt
+
+
+@pytest.fixture
+def interrupted(interrupt):
+    return interrupt()
 
 
 def test_what_was_scored_is_not_scored_again(evaluate, interrupted, tmp_path):
@@ -46,6 +56,18 @@ def test_what_was_scored_is_not_scored_again(evaluate, interrupted, tmp_path):
     (tmp_path / "report.json").unlink()
     assert evaluate().exit_code == 0
     assert json.loads((tmp_path / "report.json").read_text()) == resumed
+
+
+def test_it_goes_on_in_its_dtype(evaluate, interrupt, monkeypatch, tmp_path):
+    """Whatever is measured to be faster by then."""
+    monkeypatch.setattr(dtypes, "onednn_multiplies", lambda dtype: True)
+    monkeypatch.setattr(dtypes, "product_rates", lambda config: (1.0, 2.0))
+    scored = interrupt("--dtype", "auto")
+    monkeypatch.setattr(dtypes, "product_rates", lambda config: (2.0, 1.0))
+    found = evaluate("--dtype", "auto", "--resume")
+    assert found.exit_code == 0, found.output
+    assert scored == ["split", "three", "three", "whole"]
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["dtype"] == "bfloat16"
 
 
 def test_an_interrupted_evaluation_is_never_lost_unasked(evaluate, interrupted):
