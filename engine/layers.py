@@ -189,6 +189,11 @@ class CudaLayer(FusedLayer):
 
     def __init__(self, layer: DecoderLayer):
         super().__init__(layer)
+        self.head_norms = _head_norms(layer.self_attn)
+        self._fuse(layer)
+
+    def _fuse(self, layer: DecoderLayer) -> None:
+        """Take the linears' weights."""
         attention, mlp = layer.self_attn, layer.mlp
         weights, biases = _query_key_value(attention)
         self.qkv_weight = torch.cat(weights)
@@ -198,7 +203,6 @@ class CudaLayer(FusedLayer):
         self.up_weight, self.up_bias = _weight_and_bias(mlp.up_proj)
         self.down_weight, self.down_bias = _weight_and_bias(mlp.down_proj)
         self.num_bytes = self.qkv_weight.nbytes  # the others are the model's own
-        self.head_norms = _head_norms(attention)
 
     @staticmethod
     def angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,12 +228,7 @@ class CudaLayer(FusedLayer):
         tiles: Sequence[slice],
     ) -> Heads:
         for rows in tiles:
-            normed = rms_norm(hidden[rows], self.input_norm, self.eps)
-            out = heads[rows].flatten(1)
-            if self.qkv_bias is None:
-                torch.mm(normed, self.qkv_weight.t(), out=out)
-            else:
-                torch.addmm(self.qkv_bias, normed, self.qkv_weight.t(), out=out)
+            self._project_rows(hidden[rows], heads[rows].flatten(1))
         num_rotated = self.num_heads + self.num_key_value_heads
         query, key, value = heads.tensor_split([self.num_heads, num_rotated], dim=1)
         if self.head_norms is not None:
@@ -238,6 +237,14 @@ class CudaLayer(FusedLayer):
             )
         query, key = apply_rotary(query, key, *angles)
         return query, key, value
+
+    def _project_rows(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """The heads of rows `(R, E)`, not yet rotated, into `out` `(R, (H + 2 G) D)`."""
+        normed = rms_norm(hidden, self.input_norm, self.eps)
+        if self.qkv_bias is None:
+            torch.mm(normed, self.qkv_weight.t(), out=out)
+        else:
+            torch.addmm(self.qkv_bias, normed, self.qkv_weight.t(), out=out)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
         for rows in tiles:
