@@ -5,7 +5,7 @@
     python -m bivec.benchmarks.counts --only contrastive  # those whose names hold a word
 
 A layer is what three layers take more than two. `device_counts.py` has the rules. The table's figures `before` are of
-commit 7acfdbb, before anything of this was counted. Nothing is measured in seconds here.
+commit 7acfdbb, before anything of this was counted; what is younger has none. Nothing is measured in seconds here.
 """
 
 import argparse
@@ -34,12 +34,12 @@ LAYERS = 16  # of the 1B shape
 Figures = dict[str, int]  # the fields of `Counts`, their `launches`, and `waits`, how often the host waits
 
 
-def embedding() -> dict[str, Figures]:
+def embedding(products: str = "bfloat16") -> dict[str, Figures]:
     """A pass of which every kernel is launched, its batch on the device."""
 
     def run(num_layers: int) -> Section:
         with FakeCuda() as fake, torch.inference_mode():
-            runner = make_runner(configuration("llama-1B", num_hidden_layers=num_layers))
+            runner = make_runner(configuration("llama-1B", num_hidden_layers=num_layers), products)
             batch = make_batch([128] * 64)
             runner._run(batch, runner.windows)
             with fake.section() as section:
@@ -109,6 +109,7 @@ def _less(more: Figures, fewer: Figures) -> Figures:
 
 MEASURES: dict[str, Callable[[], dict[str, Figures]]] = {
     "embedding 8,192 tokens, 1B": embedding,
+    "embedding 8,192 tokens, 1B, float8": partial(embedding, "float8"),
     "embedding 8,192 tokens, 1B, captured": captured,
     "SimCSE step with LoRA, 1B": simcse,
     "contrastive loss of 512, float32": partial(contrastive, 512, False, torch.float32),

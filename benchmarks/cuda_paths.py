@@ -64,17 +64,17 @@ def make_model(kind: type, config: ModelConfig, dtype: torch.dtype) -> Any:
         return kind(config).to(dtype).requires_grad_(False)
 
 
-def make_runner(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Runner:
-    return Runner(make_model(LlamaModel, config, dtype).eval(), "triton")
+def make_runner(config: ModelConfig, products: str = "bfloat16") -> Runner:
+    return Runner(make_model(LlamaModel, config, torch.bfloat16).eval(), "triton", products=products)
 
 
 def make_batch(lengths: list[int]) -> PackedBatch:
     return PackedBatch.from_sequences([[7] * length for length in lengths], device="cuda")
 
 
-def launched_pass(fake: FakeCuda, model: str, lengths: list[int]) -> Section:
+def launched_pass(fake: FakeCuda, model: str, lengths: list[int], products: str = "bfloat16") -> Section:
     """A pass of which each kernel is launched."""
-    runner = make_runner(configuration(model))
+    runner = make_runner(configuration(model), products)
     with torch.inference_mode():
         runner._run(make_batch(lengths), runner.windows)  # tables that are made once
         batch = make_batch(lengths)
@@ -83,9 +83,9 @@ def launched_pass(fake: FakeCuda, model: str, lengths: list[int]) -> Section:
     return section
 
 
-def captured_pass(fake: FakeCuda, model: str, lengths: list[int]) -> Section:
+def captured_pass(fake: FakeCuda, model: str, lengths: list[int], products: str = "bfloat16") -> Section:
     """A replay for another batch than the captured one; the hazards are those of the capture too."""
-    runner = make_runner(configuration(model))
+    runner = make_runner(configuration(model), products)
     with fake.section() as capture:
         runner(make_batch(lengths))
     with fake.section() as section:
@@ -95,10 +95,10 @@ def captured_pass(fake: FakeCuda, model: str, lengths: list[int]) -> Section:
     return section
 
 
-def encoding(fake: FakeCuda, **arguments) -> Section:
+def encoding(fake: FakeCuda, dtype: str = "bfloat16", **arguments) -> Section:
     """Texts to vectors on the host, in several slabs."""
     with mock.patch.object(encoder_module, "check_mask", return_value={}):  # it looks at values
-        encoder = Encoder.from_pretrained(device="cuda", dtype="bfloat16")
+        encoder = Encoder.from_pretrained(device="cuda", dtype=dtype)
     texts = [" ".join(_WORDS[: 1 + place % len(_WORDS)]) for place in range(2100)]
     encoder.encode(texts, **arguments)  # which captures
     with fake.section() as section:
@@ -189,8 +189,12 @@ def _paths() -> Iterator[tuple[str, Callable[[FakeCuda], Section]]]:
         for name, lengths in LENGTHS.items():
             if name == "mixed" or model == "llama-1B":
                 yield f"launched pass, {model}, {name}", partial(launched_pass, model=model, lengths=lengths)
+    for model in ("llama-1B", "qwen2-7B", "qwen3-0.6B"):
+        yield f"float8 pass, {model}", partial(launched_pass, model=model, lengths=LENGTHS["mixed"], products="float8")
     yield "captured pass", partial(captured_pass, model="llama-1B", lengths=LENGTHS["mixed"])
+    yield "captured float8 pass", partial(captured_pass, model="llama-1B", lengths=LENGTHS["mixed"], products="float8")
     yield "encoding", encoding
+    yield "encoding in float8", partial(encoding, dtype="float8")
     yield "encoding, int8", partial(encoding, precision="int8", normalize_embeddings=True, truncate_dim=64)
     for name, stage, changes in (
         ("pretrain", "pretrain", {}),
@@ -207,6 +211,11 @@ def _paths() -> Iterator[tuple[str, Callable[[FakeCuda], Section]]]:
 
 
 PATHS = dict(_paths())
+
+
+def exists(path: str, capability: tuple[int, int]) -> bool:
+    """Whether a device of that capability can go the way."""
+    return "float8" not in path or capability >= (8, 9)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from .triton_accesses import accesses
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "device_counts.py", "triton_accesses.py"}
+_OWN_FILES = {"fake_cuda.py", "fake_cuda_runtime.py", "fake_products.py", "device_counts.py", "triton_accesses.py"}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 _METADATA = {"set_", "record_stream", "is_same_size", "lift", "lift_fresh", "_assert_tensor_metadata"}
 _FILLS = {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}

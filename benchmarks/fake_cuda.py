@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .device_counts import Counts, Hazard, Launch, Section, bytes_of, operator_counts, place_of_call
+from .fake_products import scaled_product, typed_product
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 aten = torch.ops.aten
@@ -311,15 +312,6 @@ class FakeCuda:
                 found.append(index)
         return found
 
-    def _typed_product(self, *args, out: torch.Tensor, **kwargs) -> torch.Tensor:
-        """A product into another dtype, whose meta kernel is wrong in some versions of torch."""
-        *total, a, b, dtype = args
-        if out.dtype != dtype or any(tensor.shape != (a.shape[0], b.shape[1]) for tensor in (out, *total)):
-            raise RuntimeError(f"out must be {dtype} of shape {(a.shape[0], b.shape[1])}, got {out}")
-        added = bytes_of(total)
-        self.note("addmm" if total else "mm", Counts(kernels=1, bytes=bytes_of([a, b]) + added + bytes_of([out])))
-        return out
-
     def _item(self, tensor: torch.Tensor) -> Any:
         self.hazard("sync", "item")
         answer = getattr(tensor, "answer", None)
@@ -349,8 +341,10 @@ class FakeCuda:
 _OWN: dict[Any, Callable] = {
     aten.copy_.default: FakeCuda._copy,
     aten._to_copy.default: FakeCuda._to_copy,
-    aten.mm.dtype_out: FakeCuda._typed_product,
-    aten.addmm.dtype_out: FakeCuda._typed_product,
+    aten.mm.dtype_out: typed_product,
+    aten.addmm.dtype_out: typed_product,
+    aten._scaled_mm.default: scaled_product,
+    aten._scaled_mm.out: scaled_product,
     aten._local_scalar_dense.default: FakeCuda._item,
     aten.equal.default: FakeCuda._equal,
     aten.nonzero.default: FakeCuda._nonzero,

@@ -101,9 +101,11 @@ def of_benchmarks(capability: tuple[int, int]) -> Iterator[tuple[str, list[Launc
 
 
 def of_paths(capability: tuple[int, int]) -> Iterator[tuple[str, list[Launch]]]:
-    from .cuda_paths import PATHS
+    from .cuda_paths import PATHS, exists
 
     for name, path in PATHS.items():
+        if not exists(name, capability):
+            continue
         with FakeCuda(capability) as fake:
             path(fake)
         yield name, fake.triton

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels import float8
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig
+from .float8 import Float8Linear
 from .int8 import Int8Linear, QuantizedRows, quantize_rows
 from .model import Attention, DecoderLayer
 from .ops import PackedLinear
@@ -256,6 +258,51 @@ class CudaLayer(FusedLayer):
             _add_product(total, swiglu(gate, up), self.down_weight, self.down_bias)
 
 
+class Float8Layer(CudaLayer):
+    """As `CudaLayer` with products of float8 rows and weights (`float8.py`), gate and up in one; the rest is bfloat16.
+
+    Norm and SwiGLU give their rows in float8, and attention's are copied into it. These products add to nothing: that
+    of attention is added to the hidden states by the norm that reads them.
+    """
+
+    def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
+        self.input_norm, self.mlp_norm = self.input_norm.float(), self.mlp_norm.float()
+
+    def _fuse(self, layer: DecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _float8_linear("q_proj, k_proj and v_proj", attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = _float8_linear("o_proj", attention.o_proj)
+        self.gate_up = _float8_linear("gate_proj and up_proj", mlp.gate_proj, mlp.up_proj)
+        self.down = _float8_linear("down_proj", mlp.down_proj)
+        self.num_bytes = sum(linear.num_bytes for linear in (self.qkv, self.output, self.gate_up, self.down))
+
+    @staticmethod
+    def pass_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        attended, intermediate = config.num_attention_heads * config.head_dim, config.intermediate_size
+        rotated = attended + config.num_key_value_heads * config.head_dim
+        in_mlp = attended * dtype.itemsize + 2 * intermediate * dtype.itemsize + max(config.hidden_size, intermediate)
+        beside = config.hidden_size + _num_all_heads(config) * config.head_dim
+        return beside * dtype.itemsize + max((rotated + 2 * attended) * dtype.itemsize, in_mlp)
+
+    def _project_rows(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        self.qkv(float8.quantized_rms_norm(hidden, self.input_norm, self.eps), out=out)
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor, tiles: Sequence[slice]) -> None:
+        for rows in tiles:
+            total = hidden[rows]
+            product = self.output(float8.quantize_rows(attended[rows]))
+            gate_up = self.gate_up(float8.quantized_rms_norm(total, self.mlp_norm, self.eps, add=product))
+            total += self.down(float8.quantized_swiglu(*gate_up.tensor_split(2, dim=1)))
+
+
+def _float8_linear(name: str, *linears: nn.Linear) -> Float8Linear:
+    """Linears of one input as one, their outputs side by side."""
+    weights, biases = zip(*map(_weight_and_bias, linears), strict=True)
+    present = [bias for bias in biases if bias is not None]
+    return Float8Linear(name, torch.cat(weights), torch.cat(present) if present else None)
+
+
 def _add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """`total += x @ weight.T + bias`, the sum taken before the product is rounded."""
     total.addmm_(x, weight.t())
@@ -290,7 +337,7 @@ def _num_all_heads(config: ModelConfig) -> int:
 
 
 # by device, or by products of eight bits, which are of one device alone
-LAYERS: dict[str, type[FusedLayer]] = {"cpu": CpuLayer, "cuda": CudaLayer, "int8": Int8Layer}
+LAYERS: dict[str, type[FusedLayer]] = {"cpu": CpuLayer, "cuda": CudaLayer, "int8": Int8Layer, "float8": Float8Layer}
 
 
 def layer_form(device: torch.device, products: str) -> type[FusedLayer]:
