@@ -355,7 +355,7 @@ _OWN: dict[Any, Callable] = {
 
 
 @contextmanager
-def _meta_kernels() -> Iterator[None]:
+def meta_kernels() -> Iterator[None]:
     """Operators on our tensors run torch's meta kernels."""
     with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
         torch._C._set_meta_in_tls_dispatch_include(True)
@@ -377,7 +377,7 @@ def _shapes_of(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     def as_ours(value: Any) -> Any:
         return CudaTensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor) else value
 
-    with _meta_kernels():
+    with meta_kernels():
         args, kwargs = tree_map(on_meta, (args, kwargs))
         return tree_map(as_ours, func(*args, **kwargs))
 
@@ -387,5 +387,5 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _alias(tensor: CudaTensor) -> CudaTensor:
-    with _meta_kernels():
+    with meta_kernels():
         return CudaTensor(tensor)

@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .device_counts import Counts
-from .fake_cuda import CUDA, CudaTensor, FakeCuda, active
+from .fake_cuda import CUDA, CudaTensor, FakeCuda, active, meta_kernels
 
 _MEMORY = 141 * 10**9
 # what autocast multiplies in its own dtype
@@ -232,6 +232,9 @@ def _to(tensor: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tens
     if isinstance(other, torch.Tensor):
         return _to(tensor, other.device, other.dtype, *args[1:], copy=copy, **kwargs)
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    if device is not None and device.type == "meta":
+        with meta_kernels():  # else it would be ours
+            return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
     moves = device is not None and not (device.type == "cuda" and isinstance(tensor, CudaTensor))  # C++ does not see it
     options: dict[str, Any] = {"device": device if moves else None, "dtype": dtype, "memory_format": memory_format}
     options = {name: value for name, value in options.items() if value is not None}

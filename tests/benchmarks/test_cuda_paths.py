@@ -16,7 +16,12 @@ from bivec.benchmarks.cuda_paths import PATHS
 
 # vectors that arrive, and the figures of the step before
 ALLOWED = {("sync", "Event.synchronize", "engine/slabs.py", "numpy")}
-QUICK = ["embedding 8,192 tokens, 1B", "contrastive loss of 512", "contrastive loss of 8,192, symmetric"]
+QUICK = [
+    "embedding 8,192 tokens, 1B",
+    "embedding 8,192 tokens, 1B, float8",
+    "contrastive loss of 512",
+    "contrastive loss of 8,192, symmetric",
+]
 
 
 PROGRAM = """
@@ -98,8 +103,9 @@ def test_the_host_waits_for_nothing_but_results(found, name):
         assert sum(times for *_, times in path["hazards"]) == 2  # steps
 
 
-def test_a_captured_pass_is_launched_as_one(found):
-    path = found["paths"]["captured pass"]
+@pytest.mark.parametrize("name", ["captured pass", "captured float8 pass"])
+def test_a_captured_pass_is_launched_as_one(found, name):
+    path = found["paths"][name]
     assert (path["kernels"], path["replays"]) == (0, 1)
 
 
@@ -123,4 +129,12 @@ def test_the_table_has_every_measure_before_and_now():
     counts = json.loads(TABLE.read_text())["counts"]
     assert {name.partition(": ")[0] for name in counts} == set(MEASURES)
     for name, rows in counts.items():
-        assert set(rows) == {"before", "now"}, name
+        assert set(rows) == ({"now"} if "float8" in name else {"before", "now"}), name  # before, there was none
+
+
+def test_a_layer_in_float8_moves_less_and_launches_one_more():
+    """The last sum, which a product in bfloat16 does itself; rows that are multiplied take half the bytes."""
+    counts = json.loads(TABLE.read_text())["counts"]
+    bfloat16, float8 = (counts[f"embedding 8,192 tokens, 1B{part}: a layer"]["now"] for part in ("", ", float8"))
+    assert float8["launches"] == bfloat16["launches"] + 1
+    assert float8["bytes"] < 0.91 * bfloat16["bytes"]

@@ -118,6 +118,38 @@ def test_what_the_gpu_tests_launch_compiles(compiled):
     assert [fault for fault in broken_promises(document["kernels"]) if "shared memory" in fault] == []
 
 
+def test_float8_needs_no_memory_for_spilled_registers_from_ada_on(python):
+    """Norm, SwiGLU and rows of the largest usual models, on the first GPUs that have float8."""
+    program = """
+import json, torch
+from bivec.benchmarks import sass
+from bivec.benchmarks.absent_device import absent_device
+from bivec.benchmarks.fake_cuda import FakeCuda
+from bivec.benchmarks.launched_kernels import _compile
+from bivec.kernels import float8
+
+with FakeCuda((8, 9)) as fake:
+    hidden, gate = (torch.empty(512, size, dtype=torch.bfloat16, device="cuda") for size in (8192, 28672))
+    float8.quantize_rows(hidden)
+    float8.quantized_rms_norm(hidden, hidden[0], 1e-5, add=hidden.clone())
+    float8.quantized_swiglu(gate, gate)
+found = []
+with absent_device(89):
+    for launch in fake.triton:
+        compiled = _compile(launch)
+        row = sass.resources(compiled.asm["cubin"], compiled.metadata.shared)
+        found.append([launch.name, row["registers"], row["spilled_bytes"]])
+print(json.dumps(found))
+"""
+    found = python(program, TRITON_INTERPRET="0")
+    assert [name for name, *_ in found] == [
+        "_quantize_rows_kernel",
+        "_quantized_norm_kernel",
+        "_quantized_swiglu_kernel",
+    ]
+    assert all(registers <= 64 and spilled == 0 for _, registers, spilled in found), found
+
+
 def test_the_table_keeps_the_promises_for_both_tritons(table):
     """The committed rows keep them too, so that a table cannot be rewritten to hide a loss."""
     for version in ("3.6.0", "3.9.0"):
