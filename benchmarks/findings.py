@@ -174,6 +174,24 @@ def _tiles(document: dict, rows: Rows) -> list[str]:
     ]
 
 
+def _float8(document: dict, rows: Rows) -> list[str]:
+    lines = []
+    for row in rows:
+        speedup = _median(row.get("speedup"))
+        if row["name"] == "bfloat16" or not row.get("median_s"):
+            continue
+        if row["case"] == "products" and speedup is not None:
+            agrees = "" if row["agrees"] else ", other bits than the largest tile"
+            figure = f"{row['tflops']:.0f} TFLOP/s, {speedup:.2f} × bfloat16, error {row['error']:.1e}{agrees}"
+            lines.append(f"{row['shape']}, {row['rows']} rows, {row['name']}: {figure}")
+        elif row["case"] == "kernels":
+            lines.append(f"{row['shape']}, {row['name']}: {row['of_copy']:.0%} of a copy's rate")
+        elif row["case"] == "encoding" and speedup is not None:
+            figure = f"{speedup:.2f} × bfloat16, least cosine to it {row['least_cosine']:.4f}, tiles {row['tiles']}"
+            lines.append(f"{row['shape']}, encoding: {figure}")
+    return lines
+
+
 def _embed(document: dict, rows: Rows) -> list[str]:
     lines = []
     ours = next((row for row in rows if row.get("name", "").startswith(OURS) and row.get("tokens_per_s")), None)
@@ -240,6 +258,7 @@ _KINDS: dict[str, Callable[[dict, Rows], list[str]]] = {
     "lora": _lora,
     "pooling": _pooling,
     "tiles": _tiles,
+    "float8": _float8,
     "embed": _embed,
     "train": _train,
     "job": _job,

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.float8 import Float8Linear
 from ..kernels import reference
 from ..kernels.contrastive import contrastive_loss, pooled_contrastive_loss
+from ..kernels.float8 import quantize_rows, quantized_rms_norm, quantized_swiglu
 from ..kernels.pooling import pool
 from . import fusions, lora
 from .cases import Case, Results
@@ -39,7 +41,7 @@ MASKS = {
     "annealed": ((-1, -1), 0.0, 0.5),
 }
 SMALL = Shape(512, 1024, 2, 8, 2, 64, 1e4, True)
-LEAST_COSINE = 0.99
+LEAST_COSINE = {"auto": 0.99, "float8": 0.95}
 
 Outcome = tuple[float | None, str | None]  # the error, and what is wrong
 
@@ -145,6 +147,41 @@ def adapted(dtype: torch.dtype, device: torch.device) -> Outcome:
     return error, wrong(error, dtype, largest_error(results(layers.peft, x), truth))
 
 
+def quantized(name: str, dtype: torch.dtype, device: torch.device) -> Outcome:
+    """Rows in float8 and their exact values: the error in steps of float8, of which rounding makes a half."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, other, weight = (torch.randn(300, 192, generator=generator, device=device).to(dtype) for _ in range(3))
+    wide, total = x.double(), x + other
+    exact = {
+        "rows": wide,
+        "norm": reference.rms_norm(wide, weight[0].double(), fusions.EPS),
+        "sum and norm": reference.rms_norm(total.double(), weight[0].double(), fusions.EPS),
+        "SwiGLU": reference.swiglu(wide, other.double()),
+    }[name]
+    values, scales = {
+        "rows": lambda: quantize_rows(x),
+        "norm": lambda: quantized_rms_norm(x, weight[0], fusions.EPS),
+        "sum and norm": lambda: quantized_rms_norm(x, weight[0], fusions.EPS, add=other),
+        "SwiGLU": lambda: quantized_swiglu(x, other),
+    }[name]()
+    step = (exact.abs() * 2**-3).maximum(scales.double() * 2**-9)
+    error = ((values.double() * scales - exact).abs() / step).max().item()
+    if name == "sum and norm" and not torch.equal(x, total):
+        return error, "wrong: x does not hold the sum"
+    return error, None if error <= 0.5001 else f"wrong: off by {error:.3f} steps of float8, at most 0.5"
+
+
+def float8_product(device: torch.device) -> Outcome:
+    """torch's row-wise product, adding up accurately, of float8 rows and weights against float64 of the same."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(256, 8192), (512, 8192), (512,)]
+    rows, weight, bias = (torch.randn(shape, generator=generator, device=device).bfloat16() for shape in shapes)
+    linear, (values, scales) = Float8Linear("smoke", weight, bias), quantize_rows(rows)
+    exact = (values.double() * scales) @ (linear.weight.double() * linear.scales) + bias
+    error = largest_error([linear((values, scales))], [exact])
+    return error, None if error <= 2**-8 else f"wrong: error {error:.2g} of the largest value, at most {2**-8:.2g}"
+
+
 def float32_products(device: torch.device) -> Outcome:
     """torch's products of 16-bit matrices that add up in float32, in place, which the loss is made of."""
     generator = torch.Generator(device).manual_seed(0)
@@ -187,14 +224,14 @@ def captured(device: torch.device) -> Outcome:
     return None, f"wrong: captured results {differing} have other bits than launched ones" if differing else None
 
 
-def encoder(device: torch.device, quick: bool) -> Outcome:
+def encoder(device: torch.device, quick: bool, dtype: str = "auto") -> Outcome:
     """A small encoder: its vectors near the CPU's, and of the same bits alone, in company, captured and launched."""
     from bivec import Encoder
 
     texts = synthetic_mix(6 if quick else 40)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(SHAPES["quick"] if quick else SMALL, folder, texts)
-        ours = Encoder.from_pretrained(folder, device=str(device))
+        ours = Encoder.from_pretrained(folder, device=str(device), dtype=dtype)
         vectors = ours.encode(texts, show_progress_bar=False)
         alone = np.stack([ours.encode(text, show_progress_bar=False) for text in texts[:5]])
         with mock.patch.object(ours.runner, "_captured", None):
@@ -207,7 +244,7 @@ def encoder(device: torch.device, quick: bool) -> Outcome:
     centre = exact.mean(0)
     a, b = vectors - centre, exact - centre
     cosine = float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
-    return 1 - cosine, None if cosine >= LEAST_COSINE else f"wrong: cosine {cosine:.4f} with the CPU's vectors"
+    return 1 - cosine, None if cosine >= LEAST_COSINE[dtype] else f"wrong: cosine {cosine:.4f} with the CPU's vectors"
 
 
 def training_step(device: torch.device, quick: bool) -> Outcome:
@@ -230,6 +267,7 @@ def training_step(device: torch.device, quick: bool) -> Outcome:
 def checks(device: torch.device, quick: bool) -> dict[str, Callable[[], Outcome]]:
     """By name; on a CPU in float32 and without what needs CUDA."""
     on_cuda = device.type == "cuda"
+    has_float8 = not on_cuda or torch.cuda.get_device_capability(device) >= (8, 9)
     dtypes = (torch.bfloat16, torch.float32) if on_cuda else (torch.float32,)
     heads, lengths = ((16,), QUICK_LENGTHS) if quick else ((64, 128), LENGTHS)
     found: dict[str, Callable[[], Outcome]] = {}
@@ -251,9 +289,15 @@ def checks(device: torch.device, quick: bool) -> dict[str, Callable[[], Outcome]
         for name in fusions.OPERATIONS:
             found[f"{name}, {label}"] = functools.partial(fused, name, dtype, device)
         found[f"LoRA, {label}"] = functools.partial(adapted, dtype, device)
+        if has_float8:
+            for name in ("rows", "norm", "sum and norm", "SwiGLU"):
+                found[f"float8 {name}, {label}"] = functools.partial(quantized, name, dtype, device)
     if on_cuda:
         found["captured and launched"] = functools.partial(captured, device)
     found["encoder"] = functools.partial(encoder, device, quick)
+    if on_cuda and has_float8:
+        found["float8 product"] = functools.partial(float8_product, device)
+        found["encoder in float8"] = functools.partial(encoder, device, quick, "float8")
     found["training step"] = functools.partial(training_step, device, quick)
     return found
 

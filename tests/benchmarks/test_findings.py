@@ -59,6 +59,26 @@ def test_loss_and_adapter_have_goals_of_their_own(tmp_path):
     assert lines[1:] == ["lora: 2048 to 2048, bfloat16, no dropout: 1.20 × the frozen linear, goal 1.15: not reached"]
 
 
+def test_float8_beside_bfloat16(tmp_path):
+    product = {"case": "products", "shape": "1B", "rows": 256, "median_s": 1e-3, "speedup": {"median": 1.7}}
+    product |= {"tflops": 900.0, "error": 2e-3}
+    encoding = {"case": "encoding", "shape": "1B", "name": "float8", "median_s": 1.0, "speedup": {"median": 1.5}}
+    rows = [
+        product | {"name": "bfloat16", "speedup": {"median": 1.0}},
+        product | {"name": "float8", "agrees": True},
+        product | {"name": "float8, fast", "agrees": False},
+        {"case": "kernels", "shape": "1B", "name": "SwiGLU", "median_s": 1e-4, "of_copy": 0.9},
+        encoding | {"least_cosine": 0.998, "tiles": [256, 8192]},
+    ]
+    assert said(tmp_path, "float8", rows) == [
+        "float8: 1B, 256 rows, float8: 900 TFLOP/s, 1.70 × bfloat16, error 2.0e-03",
+        "float8: 1B, 256 rows, float8, fast: 900 TFLOP/s, 1.70 × bfloat16, error 2.0e-03, other bits than the largest"
+        " tile",
+        "float8: 1B, SwiGLU: 90% of a copy's rate",
+        "float8: 1B, encoding: 1.50 × bfloat16, least cosine to it 0.9980, tiles [256, 8192]",
+    ]
+
+
 def test_dropped_tiles_are_named(tmp_path):
     rows = [
         {"shape": "1B", "setting": setting, "rows": rows, "agrees": rows > 256 or setting != "default", "name": "x"}

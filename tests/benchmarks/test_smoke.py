@@ -44,6 +44,21 @@ def test_a_wrong_gradient_is_seen(few_checks, monkeypatch, capsys):
     assert row["skipped"].startswith("wrong: error 0.01 ")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
+@pytest.mark.parametrize("name", ["rows", "SwiGLU"])
+def test_a_wrong_scale_of_float8_is_seen(monkeypatch, name):
+    assert smoke.quantized(name, torch.float32, CPU)[1] is None
+    function = {"rows": "quantize_rows", "SwiGLU": "quantized_swiglu"}[name]
+    right = getattr(smoke, function)
+
+    def scaled(*arguments):
+        values, scales = right(*arguments)
+        return values, scales * 1.05
+
+    monkeypatch.setattr(smoke, function, scaled)
+    assert "wrong: off by" in smoke.quantized(name, torch.float32, CPU)[1]
+
+
 def test_a_training_step_with_another_loss_is_seen(monkeypatch):
     row = {"name": "bivec", "skipped": None, "first_loss": 2.0}
     peer = {"name": "peer", "skipped": None, "first_loss": 2.01}
