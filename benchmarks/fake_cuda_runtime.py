@@ -232,7 +232,7 @@ def _to(tensor: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tens
     if isinstance(other, torch.Tensor):
         return _to(tensor, other.device, other.dtype, *args[1:], copy=copy, **kwargs)
     device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    if device is not None and device.type == "meta":
+    if device is not None and device.type == "meta" and isinstance(tensor, CudaTensor):
         with meta_kernels():  # else it would be ours
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
     moves = device is not None and not (device.type == "cuda" and isinstance(tensor, CudaTensor))  # C++ does not see it
