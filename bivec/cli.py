@@ -220,7 +220,8 @@ def benchmark(
 
     NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these on a CPU; gpu, for
     everything on a GPU, the most telling first; smoke, for operators against float64; tiles, for capacities that agree;
-    report, for the tables of results; tune-attention or fastest-attention, for what is chosen on a GPU.
+    float8, for it beside bfloat16; report, for the tables of results; tune-attention or fastest-attention, for what is
+    chosen on a GPU.
 
     Example: bivec benchmark embed --quick --output embed.json
     """
