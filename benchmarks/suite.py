@@ -23,7 +23,16 @@ from .texts import DATA
 from .timing import table
 
 BENCHMARKS = ("attention", "contrastive", "pooling", "fusions", "lora", "embed", "job", "train")
-OTHERS = ("smoke", "tiles", "float8", "gpu", "tune-attention", "fastest-attention")
+OTHERS = (
+    "where-time-goes",
+    "model-memory",
+    "float8",
+    "smoke",
+    "tiles",
+    "gpu",
+    "tune-attention",
+    "fastest-attention",
+)
 # attention's kernels do not run on a CPU
 _ON_CPU = tuple(name for name in BENCHMARKS if name != "attention")
 _WITH_TEXTS = ("embed", "job", "train")

@@ -219,9 +219,10 @@ def benchmark(
     """Measure bivec against eager PyTorch and its peers, side by side in one run.
 
     NAME is attention, contrastive, pooling, fusions, lora, embed, job or train; all, for these on a CPU; gpu, for
-    everything on a GPU, the most telling first; smoke, for operators against float64; tiles, for capacities that agree;
-    float8, for it beside bfloat16; report, for the tables of results; tune-attention or fastest-attention, for what is
-    chosen on a GPU.
+    everything on a GPU, the most telling first; where-time-goes and model-memory, for a token's microseconds and for
+    bytes and load time in each dtype; smoke, for operators against float64; tiles, for capacities that agree; float8,
+    for it beside bfloat16; report, for the tables of results; tune-attention or fastest-attention, for what is chosen
+    on a GPU.
 
     Example: bivec benchmark embed --quick --output embed.json
     """

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 
-from bivec.benchmarks.breakdown import breakdown
+from bivec import Encoder
+from bivec.benchmarks.breakdown import GROUPS, breakdown, core_seconds
+from bivec.engine import layers
 
 
 def test_work_in_another_thread_is_seen():
@@ -24,6 +26,40 @@ def test_work_in_another_thread_is_seen():
     assert next(part["calls"] for part in found["parts"] if part["name"] == "aten::mm") == 20
     assert found["work_s"] > 0
     assert found["wall_s"] > 0
+
+
+@pytest.fixture(params=["float32", "int8+float32"])
+def encoder(request, tiny_llama_folder):
+    try:
+        return Encoder.from_pretrained(tiny_llama_folder, dtype=request.param, device="cpu")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_a_call_s_seconds_are_told_apart_and_are_all_there(encoder):
+    texts = [f"{number} words and others " * 3 for number in range(20)]
+    encoder.encode(texts)
+    spent = core_seconds(lambda: encoder.encode(texts), encoder)
+    assert tuple(spent) == GROUPS
+    always = {"tokenisation", "products", "norm", "rotary", "attention", "packing and copies"}
+    assert all(spent[group] > 0 for group in always)
+    for group in ("quantising and scaling", "activation"):  # in floats a part of the products
+        assert (spent[group] > 0) == encoder.compute_dtype.is_quantized
+
+
+def test_a_slow_step_is_found_in_its_group(encoder, monkeypatch):
+    step = "quantize_rows" if encoder.compute_dtype.is_quantized else "rms_norm"
+    fast, big = getattr(layers, step), torch.randn(700, 700)
+
+    def slow(*arguments, **keywords):
+        big @ big
+        return fast(*arguments, **keywords)
+
+    monkeypatch.setattr(layers, step, slow)
+    spent = core_seconds(lambda: encoder.encode(["one text"]), encoder)
+    most = max((group for group in GROUPS if group != "rest"), key=lambda group: spent[group])
+    assert most == ("norm" if step == "rms_norm" else "quantising and scaling")
+    assert getattr(layers, step) is slow  # what is wrapped meanwhile is put back
 
 
 @pytest.mark.gpu
