@@ -166,7 +166,7 @@ class Int8Layer(_OnCpu[Int8Linear]):
                 up, up_scales = up.mul_(up_scales).add_(self.up.bias), torch.ones_like(up_scales)
             gated = F.silu(gate, inplace=True).mul_(up)
             values, scales = quantize_rows(gated, out=gated)
-            hidden[rows] = _add_linear(total, self.down, QuantizedRows(values, scales.mul_(up_scales)))
+            _add_linear(total, self.down, QuantizedRows(values, scales.mul_(up_scales)), out=hidden[rows])
 
     def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> QuantizedRows:
         """RMSNorm, quantised."""
@@ -177,9 +177,11 @@ class Int8Layer(_OnCpu[Int8Linear]):
         return QuantizedRows(values, scales.mul_(factors))
 
 
-def _add_linear(total: torch.Tensor, linear: Int8Linear, rows: QuantizedRows) -> torch.Tensor:
+def _add_linear(
+    total: torch.Tensor, linear: Int8Linear, rows: QuantizedRows, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """`total` plus what the linear makes of the rows, float32 `(R, N)`."""
-    return _add_bias(torch.addcmul(total, linear(rows.values), rows.scales), linear.bias)
+    return _add_bias(torch.addcmul(total, linear(rows.values), rows.scales, out=out), linear.bias)
 
 
 def _add_bias(rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

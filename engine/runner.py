@@ -28,8 +28,9 @@ from .products import PRODUCTS, Products
 
 logger = logging.getLogger(__name__)
 
-# on the CPU 512 rows reach the full rate and stay in cache, and 16 keep one short text cheap
-TILES = {"cpu": (16, 64, 512), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
+# on the CPU 512 rows reach the full rate and stay in cache, and 16 keep one short text cheap; eight-bit products are
+# short, and more rows make fewer calls
+TILES = {"cpu": (16, 64, 512), "int8": (16, 64, 256, 1024), "cuda": (256, 512, 1024, 2048, 4096, 8192)}
 # passes side by side on the CPU, no more because all need the interpreter between products: two lose 2 to 6 % to it
 _PASSES_AT_ONCE = 8
 
@@ -77,7 +78,7 @@ class Runner:
             check_cores(computing=True)
         all_cores = torch.get_num_threads() if on_cpu else 1
         self.passes_at_once = min(all_cores, _PASSES_AT_ONCE)
-        self.tiles = TILES[self.device.type]
+        self.tiles = TILES.get(products, TILES[self.device.type])
         self.in_batches = ops.attends_in_batches(backend, self.embeddings)
         self.one_by_one = self.one_core = ""
         self._tried = {1}  # numbers of cores
