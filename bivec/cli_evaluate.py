@@ -260,10 +260,12 @@ def compare(
     with one_line_errors():
         from .engine.outputs import open_output
         from .evaluation import comparison
-        from .evaluation.report import Report
+        from .evaluation.report import Report, dtype_labels
 
-        names = (first.stem, second.stem)
-        found = comparison.compare(Report.read(first), Report.read(second))
+        reports = Report.read(first), Report.read(second)
+        labels = dtype_labels(reports)
+        names = (first.stem + labels[0], second.stem + labels[1])
+        found = comparison.compare(*reports)
         echo("\n".join(comparison.table(found, names)))
         if output is not None:
             with open_output(output, [first, second], overwrite=overwrite, is_own=comparison.is_picture) as publish:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .pages_figures import Figure
-from .report import Report, Score, fingerprint
+from .report import MODEL_NAMES, Report, Score, dtype_labels, fingerprint
 from .summary import parts_of
 
 
@@ -146,16 +146,17 @@ def gather(results: Sequence[Result]) -> Findings:
 def _implied_names(paths: Sequence[Path], reports: Sequence[Report]) -> list[str]:
     """The files' stems; the folder's name of a file that is named for its task, as `base/ner.json`.
 
-    Files of one name are one model's if its description is the same and no task stands twice; else they are told apart
-    by the folder before.
+    Results of one model in several dtypes have these behind their names. Files of one name are one model's if its
+    description is the same and no task stands twice; else they are told apart by the folder before.
     """
+    labels = dtype_labels(reports)
     parts = []
     for path, report in zip(paths, reports, strict=True):
         whole = path.resolve().with_suffix("").parts[1:]
         parts.append(whole[:-1] if path.stem == report.task and len(whole) > 1 else whole)
     depths = [1] * len(parts)
     while True:
-        names = ["/".join(whole[-depth:]) for whole, depth in zip(parts, depths, strict=True)]
+        names = ["/".join(whole[-depth:]) + label for whole, depth, label in zip(parts, depths, labels, strict=True)]
         groups: dict[str, list[int]] = defaultdict(list)
         for index, name in enumerate(names):
             groups[name].append(index)
@@ -174,7 +175,7 @@ def _implied_names(paths: Sequence[Path], reports: Sequence[Report]) -> list[str
 
 
 def _identity(report: Report) -> Iterator[str]:
-    return (str(report.model.get(name)) for name in ("name", "base", "adapters", "mask", "dtype"))
+    return (str(report.model.get(name)) for name in (*MODEL_NAMES, "dtype"))
 
 
 def _data_of(report: Report, dataset: str) -> str:

@@ -120,6 +120,9 @@ class Report:
             raise ValueError(f"{path} must be what `bivec evaluate --output` wrote: {reason}") from error
 
 
+# of a report's model: what makes it the same one, in whatever dtype
+MODEL_NAMES = ("name", "base", "adapters", "mask")
+
 _REPORT_KINDS = {"task": str, "model": dict, "settings": dict, "data": dict, "scores": list}
 _SCORE_KINDS = {"dataset": str, "split": str, "system": str, "metric": str, "value": (int, float, NoneType)}
 _SCORE_KINDS_OR_ABSENT = {
@@ -194,6 +197,15 @@ def _of_several_targets(metric: str, items: dict[str, list[float]]) -> Iterator[
         if name.startswith("predicted "):
             _, _, target = name.split(" ", 2)
             yield correlation("pearson", columns[f"gold {target}"], predicted)
+
+
+def dtype_labels(reports: Sequence[Report]) -> list[str]:
+    """What stands behind a report's name: ` (int8+bfloat16)` where another is of the same model in another dtype."""
+    models = [tuple(str(report.model.get(name)) for name in MODEL_NAMES) for report in reports]
+    dtypes = [report.model.get("dtype") for report in reports]
+    found = set(zip(models, dtypes, strict=True))
+    several = {model for model in models if sum(model == other for other, _ in found) > 1}
+    return [f" ({dtype})" if dtype and model in several else "" for model, dtype in zip(models, dtypes, strict=True)]
 
 
 def is_report(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from bivec import Encoder, cli
 from bivec.engine.checkpoints import resolve
 from bivec.engine.fingerprint import fingerprint
+from bivec.engine.int8 import check_products
 from bivec.engine.outputs import AtomicFile
 from bivec.evaluation import tasks
 from bivec.evaluation.report import Report
@@ -34,6 +36,16 @@ def run(tiny_llama_folder, tmp_path):
         return found.stdout.splitlines(), Report.read(output)
 
     return evaluate
+
+
+@pytest.fixture(params=["bfloat16", "int8+float32"])
+def second_dtype(request):
+    if request.param.startswith("int8"):
+        try:
+            check_products()
+        except ValueError as error:
+            pytest.skip(str(error))
+    return request.param
 
 
 def test_sts(run, similarity_folder, tiny_llama_folder, tmp_path):
@@ -63,6 +75,27 @@ def test_sts_of_two_windows_compared(run, similarity_folder, tmp_path):
     assert header.split()[:5] == ["n", "causal", "95", "%", "interval"]
     assert spearman.startswith("small test model spearman")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sts_in_two_dtypes_compared(run, similarity_folder, tmp_path, second_dtype):
+    run("sts", similarity_folder, name="a")
+    _, report = run("sts", similarity_folder, "--dtype", second_dtype, name="b")
+    assert report.model["dtype"] == report.model["identity"]["dtype"] == second_dtype
+    files = [tmp_path / f"{name}.json" for name in "ab"]
+    found = invoke("compare", *files)
+    assert found.exit_code == 0, found.output
+    header, spearman, _ = found.stdout.splitlines()
+    assert re.split("  +", header.strip())[1::2] == ["a (float32)", f"b ({second_dtype})", "difference", "p"]
+    assert re.search(r" [+-]0\.\d{4} +[+-]0\.\d{4} to [+-]0\.\d{4} +[01]\.\d{4}$", spearman)  # and not without items
+
+
+def test_states_of_every_layer_in_eight_bits(run, text_file, second_dtype):
+    figures = []
+    for dtype in ("float32", second_dtype):
+        _, report = run("anisotropy", text_file, "--dtype", dtype, name=dtype)
+        figures.append({score.key: score.value for score in report.scores})
+    assert figures[0] == pytest.approx(figures[1], abs=0.02)
+    assert figures[0] != figures[1]
 
 
 def test_a_picture_is_drawn_where_it_is_asked_for_and_free(run, similarity_folder, tmp_path, monkeypatch):

@@ -422,6 +422,22 @@ def test_a_result_is_called_as_its_file_or_folder(written, files, task, names):
     assert [found.name for found in read_results(list(map(str, written(*files, task=task))))] == names
 
 
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["one/sts.json", "two/sts.json"], ["one (float32)", "two (int8+bfloat16)", "base"]),
+        (["one/sts.json", "one/pos.json"], ["one (float32)", "one (int8+bfloat16)", "base"]),
+    ],
+)
+def test_a_dtype_stands_behind_names_of_one_model_in_several(written, files, names):
+    paths = written(*files, "base.json", task="sts")
+    for path, model, dtype in zip(paths, ("m", "m", "n"), ("float32", "int8+bfloat16", "float32"), strict=True):
+        report = Report.read(path)
+        report.model.update(name=model, dtype=dtype)
+        path.write_bytes(replace(report, task="pos" if path.stem == "pos" else "sts").to_json())
+    assert [found.name for found in read_results(list(map(str, paths)))] == names
+
+
 def test_a_name_may_be_given(written, tmp_path):
     paths = written("seed-1/sts.json", "seed-2/sts.json", "base.json", task="sts")
     found = read_results([f"mntp={paths[0]}", f"mntp={paths[1]}", str(paths[2])])
