@@ -73,6 +73,9 @@ def test_what_all_vectors_share_does_not_count_when_centred():
     lines = describe_cosines(Sample(found, [None] * 24), Sample(exact, [None] * 24))
     assert lines["cosine with float32"].startswith("least 0.999")
     assert float(lines["the same, centred"].split()[1].rstrip(",")) < 0.8
+    centre = exact.mean(axis=0)  # a shift of all vectors counts
+    expected = cosines(found + 3.0 - centre, exact - centre)
+    np.testing.assert_allclose(agreement.cosines(found + 3.0, exact)[1], expected)
 
 
 def test_sentences_without_a_vector_are_counted():
