@@ -1,7 +1,9 @@
 """Encoders in eight bits of checkpoints that are not as they should be: the exact result, or an error that says why."""
 
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bivec import Encoder
-from bivec.engine.agreement import cosines
+from bivec.engine.agreement import cosines, describe_with_cost
 from bivec.engine.int8 import check_products
 from bivec.engine.packing import PackedBatch
 
@@ -79,6 +81,22 @@ def test_tokens_and_linears_of_zeros(changed):
     for ours, theirs in zip(*(one.runner.all_hidden_states(batch) for one in (found, exact)), strict=True):
         assert ours.isfinite().all()
         assert torch.equal(ours.eq(0).all(dim=1), theirs.eq(0).all(dim=1))
+
+
+def test_what_a_dominating_channel_costs_is_seen(changed):
+    """A channel of the normed states fifty times as large, its weights as much smaller: the same function."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[7] *= 50.0
+            elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                tensor[:, 7] /= 50.0
+
+    found = describe_with_cost(
+        partial(Encoder.from_pretrained, changed(change)), dtype="int8+float32", attention="auto", max_length=64
+    )
+    assert float(re.search(r"least (-?\d\.\d+)", found["backend"]["cosine with float32"])[1]) < 0.98
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
