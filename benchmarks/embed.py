@@ -201,10 +201,10 @@ class Comparison:
         return []
 
     def sweep(self) -> list[dict]:
-        """Every setting of every peer, once, over a share of the texts; the same texts warm it up."""
+        """Every setting of every peer but the defaults, once, over a share of the texts; the same texts warm it up."""
         few = self.texts[: max(len(self.texts) // SHARE_SWEPT[self.device.type], 1)]
         rows = []
-        swept = self.peers(self.folder)
+        swept = [peer for peer in self.peers(self.folder) if peer.name != DEFAULT]
         while swept:  # one after another, so that a model is held no longer than it is swept
             peer = swept.pop(0)
             rows += [timing.row() for timing in self.clocked({peer.name: peer.variant(few)}, rounds=1).values()]

@@ -77,7 +77,7 @@ def test_without_the_peer_its_rows_are_skipped_and_no_speed_up_is_reported(capsy
     assert embed.main(QUICK) == 0
     document = result(capsys)
     peers = rows_of(document, "sentence-transformers") + document["sweep"]
-    assert len(peers) == 8 + 3
+    assert len(peers) == 7 + 3
     assert all("sentence_transformers" in row["skipped"] and row["median_s"] is None for row in peers)
     for row in rows_of(document, "bivec"):
         assert row["skipped"] is None
