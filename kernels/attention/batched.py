@@ -21,8 +21,8 @@ from torch import Tensor
 
 # tokens of a sequence: torch's attention is as fast on shorter ones, and the scores of longer ones leave the cache
 LENGTHS = range(17, 513)
-_MAX_TOKENS = 512  # of a part, padding counted: its heads stay in the cache
-_SCORES = 2**16  # at once, unless one matrix has more: they stay in a nearer one
+_MAX_TOKENS = 1024  # of a part, padding counted: its heads stay in the cache
+_SCORES = 2**18  # at once, unless one matrix has more: they stay in a nearer one
 _HIDDEN = -1e30  # not -inf, so that padding that sees nothing stays finite
 
 
@@ -119,15 +119,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, window: tuple
     shape = (min(at_once, num_matrices), num_queries, part.length)
     products, scores, probabilities = query.new_empty(shape), torch.empty(shape), torch.empty(shape)
     out = query.new_empty(query.shape)
-    unseen = _unseen(part.length, window)
+    unseen, softmax_scale = _unseen(part.length, window), query.shape[2] ** -0.5
     for first in range(0, num_matrices, at_once):
         some = slice(first, min(first + at_once, num_matrices))
         count = slice(0, some.stop - first)
         rounded, found = products[count], scores[count]
         torch.bmm(query[some], key[some].mT, out=rounded)
-        torch.mul(found.copy_(rounded), query.shape[2] ** -0.5, out=found)
-        if part.padding is not None:
-            found += part.padding[some]
+        found.copy_(rounded)
+        if part.padding is None:
+            found *= softmax_scale
+        else:
+            torch.add(part.padding[some], found, alpha=softmax_scale, out=found)
         if unseen is not None:
             found.unflatten(1, (part.length, -1)).masked_fill_(unseen[:, None, :], _HIDDEN)
         torch.bmm(rounded.copy_(torch.softmax(found, -1, out=probabilities[count])), value[some], out=out[some])
