@@ -20,6 +20,7 @@ from . import ops
 from .attention_check import differing_lengths
 from .config import Window
 from .cores import check_cores, on_cores
+from .dtype_names import QUANTIZED
 from .graphs import CapturedPasses, CudaCapture
 from .layers import FusedLayer, layer_form
 from .model import DecoderLayer, LlamaModel
@@ -49,6 +50,7 @@ class Runner:
         tiles: numbers of rows, ascending, that products have.
         passes_at_once: how many may share the CPU, an equal part of the cores each.
         dtype: of hidden states.
+        eight_bits: the dtype of products where that is one of eight bits, else empty.
         in_batches: whether attention takes sequences of middling length by `batched_attention`.
         one_by_one: why attention takes each sequence by itself; empty where those of one length share a call.
         one_core: why a pass computes on one core; empty where their number changes no bit.
@@ -69,6 +71,7 @@ class Runner:
         self.windows = windows or self.config.bidirectional_windows
         self.embeddings = model.embed_tokens.weight.detach()
         self.device = self.embeddings.device
+        self.eight_bits = products if products in QUANTIZED else ""
         self._layer_form = layer_form(self.device, products)
         self.dtype = self._layer_form.hidden_dtype or self.embeddings.dtype
         self.layers = [self._layer_form(layer) for layer in layers or model.layers]  # type: ignore[arg-type]  # a ModuleList forgets its type

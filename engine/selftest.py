@@ -19,7 +19,7 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
     Returns:
         one line a check, for `describe`.
     Raises:
-        ValueError: the weights let no token reach another.
+        ValueError: the weights, or eight bits of them, let no token reach another.
         RuntimeError: a future token does not reach an earlier state though the windows show it, it does though they do
             not, or a neighbour does.
     """
@@ -40,8 +40,12 @@ def check_mask(runner: Runner, config: ModelConfig, windows: Sequence[Window]) -
         return {"causal": "passed: no future token changes an earlier state"} | neighbours
     if torch.equal(alone[place], early_states([changed], windows)[place]):
         other = [(text[0] + 1) % config.vocab_size, *text[1:]]
+        drowned = f"one channel of the states drowns the others in {runner.eight_bits}: load the model in a float dtype"
         if torch.equal(alone[1:], early_states([other], windows)[1:]):
-            raise ValueError("self-test: no token changes another's state; the weights are zero, or they overflow")
+            causes = f"the weights are zero, or they overflow{f', or {drowned}' if runner.eight_bits else ''}"
+            raise ValueError(f"self-test: no token changes another's state; {causes}")
+        if runner.eight_bits:
+            raise ValueError(f"self-test: a future token does not change an earlier state; {drowned}")
         raise RuntimeError("self-test: a future token does not change an earlier state, the model is causal")
     return {
         "bidirectional": "passed: a future token changes an earlier state",

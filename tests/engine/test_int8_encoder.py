@@ -83,20 +83,30 @@ def test_tokens_and_linears_of_zeros(changed):
         assert torch.equal(ours.eq(0).all(dim=1), theirs.eq(0).all(dim=1))
 
 
-def test_what_a_dominating_channel_costs_is_seen(changed):
-    """A channel of the normed states fifty times as large, its weights as much smaller: the same function."""
+def dominating(scale):
+    """A channel of the normed states so many times as large, its weights as much smaller: the same function."""
 
     def change(tensors):
         for name, tensor in tensors.items():
             if name.endswith("layernorm.weight"):
-                tensor[7] *= 50.0
+                tensor[7] *= scale
             elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-                tensor[:, 7] /= 50.0
+                tensor[:, 7] /= scale
 
-    found = describe_with_cost(
-        partial(Encoder.from_pretrained, changed(change)), dtype="int8+float32", attention="auto", max_length=64
-    )
+    return change
+
+
+def test_what_a_dominating_channel_costs_is_seen(changed):
+    load = partial(Encoder.from_pretrained, changed(dominating(50.0)))
+    found = describe_with_cost(load, dtype="int8+float32", attention="auto", max_length=64)
     assert float(re.search(r"least (-?\d\.\d+)", found["backend"]["cosine with float32"])[1]) < 0.98
+
+
+def test_a_channel_that_drowns_all_others_is_an_error_with_the_remedy(changed):
+    folder = changed(dominating(1e6))
+    Encoder.from_pretrained(folder, dtype="float32")
+    with pytest.raises(ValueError, match=r"one channel of the states drowns the others in int8: load the model in a"):
+        Encoder.from_pretrained(folder, dtype="int8")
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
