@@ -388,7 +388,7 @@ def test_self_test_fails_on_a_causal_model(encoder):
     from bivec.engine import selftest
 
     class CausalRunner:
-        device = encoder.device
+        device, eight_bits = encoder.device, ""
 
         def __call__(self, batch, windows):
             return encoder.runner(batch, encoder.config.causal_windows)
