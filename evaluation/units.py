@@ -61,10 +61,11 @@ class Unfinished:
         self._content: dict[str, Any] = {}
 
     def dtype(self, asked: str) -> str:
-        """The one to go on in: that of what is there, as far as `asked` leaves it open."""
+        """The one to go on in: that of what is there where the same was asked for, as far as `asked` leaves it open."""
         if not (self._resume and self._path.exists()):
             return asked
-        return kept_dtype(asked, json.loads(self._path.read_text(encoding="utf-8"))["model"]["dtype"])
+        before = json.loads(self._path.read_text(encoding="utf-8"))
+        return kept_dtype(asked, before["model"]["dtype"]) if before["settings"]["dtype"] == asked else asked
 
     def begin(self, report: Report) -> None:
         """Take over what is there.

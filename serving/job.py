@@ -193,6 +193,7 @@ def _embed_into_folder(
                 in_this_process(plan, pending, on_ready, progress.on_done, progress.on_pass)
 
         with _Progress(plan, summary, pending) as progress:
+            again = None
             try:
                 embed(plan)
             except ValueError:
@@ -200,7 +201,9 @@ def _embed_into_folder(
                 now = None if begun or settings.overwrite else Manifest.read(folder.path)
                 if now is None or plan.in_dtype_of(now) == plan:
                     raise
-                embed(plan.in_dtype_of(now))
+                again = plan.in_dtype_of(now)
+            if again is not None:  # the error is gone by now, and the encoder that it held
+                embed(again)
             done = [manifest.is_done(folder.path, n, shard.num_rows) for n, shard in enumerate(plan.shards)]
             summary.num_shards_left = done.count(False)
             if all(done):

@@ -139,8 +139,9 @@ def _embed(
             on_ready(result)
             for _ in range(_OUTSTANDING):
                 give_shard(actor)
-            if num_started < count:
-                plan_reference = ray.put(plan.in_dtype_of(result))
+            if leaves_open(plan.settings.dtype):  # also for the actor that takes a dead one's place
+                plan = plan.in_dtype_of(result)
+                plan_reference = ray.put(plan)
             for _ in range(num_started, count):
                 start_actor()
             num_started = count

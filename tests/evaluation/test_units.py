@@ -70,6 +70,16 @@ def test_it_goes_on_in_its_dtype(evaluate, interrupt, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["model"]["dtype"] == "bfloat16"
 
 
+def test_the_dtype_of_an_evaluation_that_is_replaced_is_not_taken_over(evaluate, interrupt, monkeypatch, tmp_path):
+    monkeypatch.setattr(dtypes, "onednn_multiplies", lambda dtype: True)
+    monkeypatch.setattr(dtypes, "product_rates", lambda config: (2.0, 1.0))
+    scored = interrupt("--dtype", "bfloat16")
+    found = evaluate("--dtype", "auto", "--resume", "--overwrite")
+    assert found.exit_code == 0, found.output
+    assert scored == ["split", "three", "split", "three", "whole"]
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["dtype"] == "float32"
+
+
 def test_an_interrupted_evaluation_is_never_lost_unasked(evaluate, interrupted):
     found = evaluate()
     assert found.exit_code == 2

@@ -4,6 +4,7 @@ Jobs run in forks of this process with a stub for the model, so that hundreds of
 """
 
 import errno
+import gc
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -345,13 +347,18 @@ def test_a_job_goes_on_in_the_dtype_that_it_was_begun_in(stub, settings, uninter
 
 
 def test_a_share_goes_on_in_the_dtype_of_one_that_began_meanwhile(stub, settings, uninterrupted):
-    asked = []
+    """Its encoder in another one is gone before the next is loaded."""
+    asked, loaded = [], []
 
     def share(number, measured, meanwhile=lambda: None):
         def load(settings):
             asked.append(settings.dtype)
             meanwhile()
-            return stub.StubEncoder(measured if settings.dtype == "auto" else settings.dtype)
+            gc.collect()
+            assert not any(encoder() for encoder in loaded)
+            encoder = stub.StubEncoder(measured if settings.dtype == "auto" else settings.dtype)
+            loaded.append(weakref.ref(encoder))
+            return encoder
 
         run(replace(settings, shard=f"{number}/2"), load)
 

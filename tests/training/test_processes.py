@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from bivec.training import checkpoint, train
+from bivec.training import train
 from bivec.training.processes import Processes
 
 TRAIN = """
@@ -22,33 +22,23 @@ from bivec.training import STAGES, train
 train(STAGES[sys.argv[1]](**json.loads(sys.argv[2])))
 """
 
-# float32 is faster for the first process and bfloat16 for the second, which tells what it computes in
+# float32 is faster for the first process and bfloat16 for the second
 MEASURES_OTHERWISE = """
-import os, json, sys
-from pathlib import Path
+import os
 from bivec.engine import dtypes
-from bivec.training import loop
 
-rank, output = int(os.environ["RANK"]), json.loads(sys.argv[2])["output"]
 dtypes.onednn_multiplies = lambda dtype: True
-dtypes.product_rates = lambda config: (2.0 - rank, 1.0)
-load = loop.load_trainee
-
-def told(prepared):
-    Path(output).with_name(str(rank)).write_text(str(prepared.dtype))
-    return load(prepared)
-
-loop.load_trainee = told
+dtypes.product_rates = lambda config: (2.0 - int(os.environ["RANK"]), 1.0)
 """
 
 
-def run_processes(settings, world_size: int, program: str = TRAIN) -> None:
+def run_processes(settings, world_size: int) -> None:
     """Train in processes that find each other as torchrun's do, by a store whose port nobody else can take."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     environment |= {"WORLD_SIZE": str(world_size), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", program, settings.stage, json.dumps(asdict(settings))]
+    command = [sys.executable, "-c", MEASURES_OTHERWISE + TRAIN, settings.stage, json.dumps(asdict(settings))]
     ranks = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
@@ -69,12 +59,14 @@ def run_processes(settings, world_size: int, program: str = TRAIN) -> None:
     ],
 )
 def test_two_processes_are_one(make_settings, tmp_path, stage, changes, text_file, pair_file):
-    """Texts of unequal length, so unequal numbers of tokens and passes; unequal numbers of hard negatives."""
+    """Texts of unequal length, so unequal numbers of tokens and passes; unequal numbers of hard negatives; the dtype of
+    the first process, whatever the other measures."""
     results = []
     data = str(pair_file if stage == "supervised" else text_file)
     arguments = {"max_steps": 3, "learning_rate": 1e-3, "eval_data": [data], "eval_steps": 3} | changes
     for world_size in (1, 2):
-        settings = make_settings(stage, output=str(tmp_path / f"{world_size}"), **arguments)
+        dtype = {1: "float32", 2: "auto"}[world_size]
+        settings = make_settings(stage, output=str(tmp_path / f"{world_size}"), dtype=dtype, **arguments)
         if world_size == 1:
             train(settings)
         else:
@@ -90,14 +82,6 @@ def test_two_processes_are_one(make_settings, tmp_path, stage, changes, text_fil
     for name in one:
         assert (one[name] - two[name]).abs().max() < 2e-5, name
     assert max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name) > 1e-3
-
-
-def test_processes_share_one_dtype(make_settings, tmp_path):
-    """That of the first, whatever the other measures."""
-    settings = make_settings("simcse", output=str(tmp_path / "run"), max_steps=1, save_steps=1, dtype="auto")
-    run_processes(settings, 2, program=MEASURES_OTHERWISE + TRAIN)
-    assert checkpoint.newest(Path(settings.output)).state["dtype"] == "float32"
-    assert (tmp_path / "1").read_text() == "torch.float32"
 
 
 def test_what_the_hosts_know_is_not_summed_on_the_device(monkeypatch):
