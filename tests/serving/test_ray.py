@@ -63,7 +63,9 @@ def test_what_one_actor_measures_holds_for_all(monkeypatch, cluster, num_workers
 
     monkeypatch.setattr(ray, "ShardActor", Actor)
     settings = EmbedSettings(inputs=[], output="out", model="stub")
-    plan = Plan(settings=settings, load=lambda _: pytest.fail(), files=[], stamps=[], inputs=[], shards=[])
+    plan = Plan(
+        settings=settings, load=lambda _: pytest.fail("nothing is loaded"), files=[], stamps=[], inputs=[], shards=[]
+    )
     ray._embed(cluster, plan, range(7), ready.append, done.append, num_workers)
     assert {found.configuration["encoder"]["dtype"] for found in ready} == {"bfloat16"}
     assert sorted(done) == list(range(7))
