@@ -88,6 +88,8 @@ def load_merged_by_layer(
     if checkpoint.adapters:
         model = load_merged(checkpoint, config, dtype)
         layers: Iterator[nn.Module] = iter(model.layers)
+        for kept in (model.embed_tokens, model.norm):  # copies, because a file is in memory as long as anything of it
+            kept.weight.data = kept.weight.data.clone()
     else:
         model, layers = load_by_layer(checkpoint.base, dtype, config)
     model.embed_tokens.to(device)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from .description import Described
 from .memory import free_memory
@@ -84,6 +85,8 @@ def describe_with_cost(
     needed = 2 * 4 * sum(parameter.numel() for parameter in encoder.model.parameters())
     del encoder
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of it counts as taken
     free = free_memory(device)
     if needed > free:
         cost = f"not measured: float32 takes up to {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"

@@ -5,7 +5,7 @@ in its own way, and a single block leaves the cores to its products, so that the
 sequences are: the first few, where they stand, stand for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -22,20 +22,27 @@ _LENGTHS = (*range(1, 65), 65, 100, 193, 415, 520)
 
 @torch.inference_mode()
 def differing_lengths(
-    config: ModelConfig, windows: Sequence[Window], dtype: torch.dtype, several: Sequence[int], in_batches: bool
+    config: ModelConfig,
+    windows: Sequence[Window],
+    dtype: torch.dtype,
+    several: Sequence[int],
+    *,
+    in_batches: bool,
+    but: Collection[int] = (),
 ) -> tuple[set[int], set[int]]:
     """Lengths whose attention has other bits in company than alone, and on `several` numbers of cores than on one.
 
     Args:
         windows: that passes run with.
         dtype: of the heads.
-        in_batches: whether to try the lengths that `batched_attention` takes, by it, or all others by torch's own.
+        in_batches: whether to try the lengths that `batched_attention` takes, by it, or all by torch's own.
+        but: lengths that are not tried.
     """
     heads_a_group = config.num_attention_heads // config.num_key_value_heads
     num_groups = min(config.num_key_value_heads, 2 if heads_a_group == 1 else 1)
     num_heads = num_groups * heads_a_group  # one alone only where the model has one
     many = max(3, max(several, default=1) // num_heads + 2)  # so that every core has a part
-    lengths = [length for length in _LENGTHS if length <= config.max_position_embeddings]
+    lengths = [length for length in _LENGTHS if length <= config.max_position_embeddings and length not in but]
     counts = {length: many if length <= 64 else 3 for length in lengths}  # long sequences are divided further
     if in_batches:
         companies = [[length for length in lengths if length in batched.LENGTHS for _ in range(counts[length])]]

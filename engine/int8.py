@@ -17,6 +17,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
+
+from .cores import on_cores
 
 _LEVELS = 127
 _ZERO_POINT = 128
@@ -24,6 +27,7 @@ _TOO_SLOW = 30  # times float32: a reference implementation takes hundreds
 _TINY = 1e-30  # the least magnitude that scales: its inverse is finite
 # added to a float32 of at most 2**22, it leaves the nearest integer in the low bits of the sum, here plus 128
 _ROUND = 1.5 * 2.0**23 + _ZERO_POINT
+_PART, _WHOLE = 2**15, 32  # elements that torch leaves to one core, and a multiple of those that it computes at once
 
 
 class QuantizedRows(NamedTuple):
@@ -49,6 +53,24 @@ def quantize_rows(rows: torch.Tensor, *, out: torch.Tensor | None = None) -> Qua
     return QuantizedRows(scaled.view(torch.int32).to(torch.uint8), largest.mul_(1 / _LEVELS))
 
 
+def silu_(rows: torch.Tensor) -> torch.Tensor:
+    """SiLU in place on contiguous float32 of any shape; an element has the same bits wherever it stands.
+
+    torch divides elements evenly among cores, and those that fill no vector at the end of a part it computes in another
+    way, with other bits. Rows that are quantised next hide that from the checks at load, mostly. So parts are whole.
+    """
+    elements, cores = rows.view(-1), torch.get_num_threads()
+    size = len(elements)
+    unit = _WHOLE * cores if size > _PART * cores else _PART
+    evenly, whole = size // unit * unit, size // _WHOLE * _WHOLE
+    for part in (elements[:evenly], elements[evenly:whole]):
+        if len(part):
+            F.silu(part, inplace=True)
+    if whole < size:
+        elements[whole:] = F.silu(F.pad(elements[whole:], (0, _WHOLE - size + whole)))[: size - whole]
+    return rows
+
+
 class Int8Linear:
     """`rows @ weight.T`, up to the rows' scales, for `QuantizedRows`; the weight `(N, K)` is quantised here.
 
@@ -61,7 +83,8 @@ class Int8Linear:
         largest = weight.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
         quantized = weight.mul(_LEVELS / largest).round_().to(torch.int8)
         self.scales = largest.mul_(1 / _LEVELS).view(-1)
-        self.bias = None if bias is None else bias.float()
+        # a copy, because a file is in memory as long as anything of it
+        self.bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.num_bytes = quantized.numel() + self.scales.nbytes
         self._zero_points = torch.zeros(len(quantized), dtype=torch.int64)
         # the number of rows is a hint
@@ -103,7 +126,9 @@ def check_products() -> None:
         raise ValueError(f"{wrong}: torch {torch.__version__} has no eight-bit product for this processor") from error
     if not torch.equal(found, expected):
         raise ValueError(f"{wrong}: this processor's eight-bit products are not exact (it has no VNNI)")
-    ours, float32 = _seconds(lambda: linear(rows)), _seconds(lambda: expected @ expected.T)
+    floats = rows.float(), weight.float().T
+    with on_cores(1):  # several would wait for each other where others compute too
+        ours, float32 = _seconds(lambda: linear(rows)), _seconds(lambda: floats[0] @ floats[1])
     if ours > _TOO_SLOW * float32:
         raise ValueError(f"{wrong}: eight-bit products take {ours / float32:.0f} times as long as float32 ones")
 

@@ -20,7 +20,7 @@ from ..kernels.rotary import apply_rotary
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig
 from .float8 import Float8Linear
-from .int8 import Int8Linear, QuantizedRows, quantize_rows
+from .int8 import Int8Linear, QuantizedRows, quantize_rows, silu_
 from .model import Attention, DecoderLayer
 from .ops import PackedLinear
 
@@ -150,7 +150,9 @@ class Int8Layer(_OnCpu[Int8Linear]):
 
     def __init__(self, layer: DecoderLayer):
         super().__init__(layer)
-        self.input_norm, self.mlp_norm = self.input_norm.float(), self.mlp_norm.float()
+        # copies, because a file is in memory as long as anything of it
+        self.input_norm = self.input_norm.to(torch.float32, copy=True)
+        self.mlp_norm = self.mlp_norm.to(torch.float32, copy=True)
 
     def _write_heads(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         rows = self._normed(hidden, self.input_norm)
@@ -164,7 +166,7 @@ class Int8Layer(_OnCpu[Int8Linear]):
             up, up_scales = self.up(normed.values), normed.scales
             if self.up.bias is not None:
                 up, up_scales = up.mul_(up_scales).add_(self.up.bias), torch.ones_like(up_scales)
-            gated = F.silu(gate, inplace=True).mul_(up)
+            gated = silu_(gate).mul_(up)
             values, scales = quantize_rows(gated, out=gated)
             _add_linear(total, self.down, QuantizedRows(values, scales.mul_(up_scales)), out=hidden[rows])
 

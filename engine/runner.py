@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.attention.batched import LENGTHS
 from . import ops
 from .attention_check import differing_lengths
 from .config import Window
@@ -103,7 +104,7 @@ class Runner:
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch, windows: Sequence[Window] | None = None) -> torch.Tensor:
-        """Last hidden states `(T, E)` before the final norm, in the compute dtype.
+        """Last hidden states `(T, E)` before the final norm, in `dtype`.
 
         Threads may call with CUDA streams of their own; a batch is of the stream that is the current one.
 
@@ -225,7 +226,8 @@ class Runner:
                     "torch's own is taken",
                     _some(differing),
                 )
-        in_company, on_several = self._differing_lengths(several, in_batches=False)
+        taken = LENGTHS if self.in_batches else ()
+        in_company, on_several = self._differing_lengths(several, in_batches=False, but=taken)
         if in_company:
             self.one_by_one = f"attention over {_some(in_company)} tokens has other bits among equals than alone"
             logger.warning("%s: sequences are attended one by one", self.one_by_one)
@@ -235,23 +237,34 @@ class Runner:
             )
             logger.warning("%s: passes run on one core each", self.one_core)
 
-    def _differing_lengths(self, several: Sequence[int], *, in_batches: bool) -> tuple[set[int], set[int]]:
+    def _differing_lengths(self, several: Sequence[int], **which: Any) -> tuple[set[int], set[int]]:
         dtype = self._layer_form.new_heads(self.config, 0, like=self.embeddings).dtype
-        return differing_lengths(self.config, self.windows, dtype, several, in_batches=in_batches)
+        return differing_lengths(self.config, self.windows, dtype, several, **which)
 
     @torch.inference_mode()
     def _pass_differs(self, several: Sequence[int]) -> str:
-        """What the number of cores changes in a pass through one layer that has every tile, or nothing."""
+        """What the number of cores changes in a pass through one layer that has every tile, or nothing.
+
+        Its heads are looked at too: rows that are quantised next mostly hide what has changed before.
+        """
         num_tokens = sum(self.tiles)
         tokens = torch.randint(self.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
         lengths = tokens.split(min(40, self.config.max_position_embeddings))
         batch = PackedBatch.from_sequences([part.tolist() for part in lengths], device=self.device)
 
-        def run(cores: int) -> torch.Tensor:
-            with on_cores(cores):
-                return self._through(self.layers[:1], batch, self.windows[:1])
+        largest = max(self.tiles)
+        states = torch.randn(largest, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        states = states.to(self.dtype)
+        heads = self._layer_form.new_heads(self.config, largest, like=states)
 
-        if all(torch.equal(run(cores), run(1)) for cores in several):
+        def run(cores: int) -> tuple[torch.Tensor, ...]:
+            with on_cores(cores):
+                angles = self._layer_form.angles(*self._rotary_tables(torch.arange(largest)))
+                projected = self.layers[0].project(states, angles, heads, [slice(0, largest)])
+                hidden = self._through(self.layers[:1], batch, self.windows[:1])
+                return hidden, *(part.clone() for part in projected)
+
+        if all(all(map(torch.equal, run(cores), run(1))) for cores in several):
             return ""
         found = f"a pass has other bits on {several[-1]} cores than on one"
         logger.warning("%s: passes run on one core each", found)

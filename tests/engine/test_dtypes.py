@@ -1,5 +1,6 @@
 """Which arithmetic a name asks for, on which device."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -137,7 +138,7 @@ def test_rates_are_the_best_of_several_in_turns_on_one_core(monkeypatch, cores):
             clock[0] += slow * out * inputs * (2 if x.dtype is torch.float32 else 1) * (2 if inputs > 1000 else 1)
 
     monkeypatch.setattr(rates, "PackedLinear", Product)
-    monkeypatch.setattr(rates, "_clock", lambda: clock[0])
+    monkeypatch.setattr(rates, "_CLOCKS", (lambda: clock[0], lambda: 0.0))
     cores(4)
     config = replace(CONFIG, hidden_size=4096, intermediate_size=192)
     float32, bfloat16 = rates.product_rates(config)
@@ -151,6 +152,14 @@ def test_rates_are_the_best_of_several_in_turns_on_one_core(monkeypatch, cores):
     num_calls = len(calls)
     assert rates.product_rates(config) == (float32, bfloat16)
     assert len(calls) == num_calls
+
+
+def test_a_clock_that_stands_still_is_not_believed(monkeypatch):
+    """Some systems count a thread's time in hundredths of a second, and say that they do it in billionths."""
+    clock = itertools.count()
+    monkeypatch.setattr(rates, "_CLOCKS", (lambda: 0.0, lambda: float(next(clock))))
+    config = replace(CONFIG, hidden_size=128, intermediate_size=320)
+    assert rates.product_rates(config) == pytest.approx((2e-9 * 512 * 128 * 320,) * 2)
 
 
 def test_where_bfloat16_is_slow_auto_is_float32(python):

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bivec.engine import dtypes, int8
 from bivec.engine.config import load_config
 from bivec.engine.encoder import Encoder
-from bivec.engine.int8 import Int8Linear, check_products, quantize_rows
+from bivec.engine.int8 import Int8Linear, check_products, quantize_rows, silu_
 from bivec.engine.layers import Int8Layer
 from bivec.engine.model import LlamaModel
 from bivec.engine.weights import load_model
@@ -69,6 +70,35 @@ def test_quantising_in_place_gives_the_same():
 def test_halves_are_rounded_to_even():
     row = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
     assert (quantize_rows(row).values.long() - 128).tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+
+
+SILU_ON_CORES = """
+import json, torch
+from bivec.engine.int8 import silu_
+generator = torch.Generator().manual_seed(0)
+found = []
+for shape in (16, 33), (64, 1000), (256, 4099), (1024, 1000):
+    rows = 4 * torch.randn(shape, generator=generator)
+    torch.set_num_threads(1)
+    expected = silu_(rows.clone())
+    found.append(torch.equal(torch.cat([silu_(part.clone()) for part in rows.split(16)]), expected))
+    for cores in (2, 3, 5, 7, 12):
+        torch.set_num_threads(cores)
+        found.append(torch.equal(silu_(rows.clone()), expected))
+print(json.dumps(found))
+"""
+
+
+def test_silu_has_the_same_bits_at_any_place_on_any_number_of_cores(python):
+    """torch's own has not; quantising the rows hides that from the checks at load."""
+    assert python(SILU_ON_CORES, OMP_WAIT_POLICY="passive") == [True] * 24
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 11), (16, 64), (40, 1000)])
+def test_silu_is_that_of_float64(shape):
+    rows = random_rows(*shape, scale=4)
+    exact = F.silu(rows.double())
+    assert ((silu_(rows).double() - exact).abs() <= 4e-7 * exact.abs()).all()
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (5, 3), (64, 16), (130, 67), (960, 576), (40, 8200)])
@@ -165,6 +195,36 @@ def test_no_float_linear_is_kept(tiny_llama_folder):
     assert 3.5 * encoder.runner.packed_bytes < floats.runner.packed_bytes < 4 * encoder.runner.packed_bytes
 
 
+def test_what_quantising_hides_of_other_cores_is_noticed(tiny_llama_folder, monkeypatch, cores):
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="int8+float32")
+    assert encoder.runner.one_core == ""
+    project = Int8Layer.project
+
+    def core_dependent(self, hidden, angles, heads, tiles):
+        found = project(self, hidden, angles, heads, tiles)
+        if torch.get_num_threads() > 1:
+            heads[5, 0, 0] *= 1 + 2**-23
+        return found
+
+    monkeypatch.setattr(Int8Layer, "project", core_dependent)
+    cores(4)
+    encoder = Encoder.from_pretrained(tiny_llama_folder, dtype="int8+float32")
+    assert encoder.runner.one_core == "a pass has other bits on 4 cores than on one"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_nothing_that_is_kept_holds_a_whole_file_in_memory(make_checkpoint, make_adapter, tmp_path, adapted):
+    """A memory-mapped tensor does, and one in the wanted dtype is memory-mapped."""
+    folder = make_checkpoint(tmp_path, "llama-bias")
+    if adapted:
+        make_adapter(folder, tmp_path / "adapter")
+    encoder = Encoder.from_pretrained(folder, adapters=[tmp_path / "adapter"] * adapted, dtype="int8+float32")
+    kept = [encoder.model.embed_tokens.weight, encoder.model.norm.weight] if adapted else []
+    for layer in encoder.runner.layers:
+        kept += [layer.input_norm, layer.mlp_norm, layer.output.bias, layer.down.bias]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+
 def test_adapters_are_merged_before_weights_are_quantised(tiny_llama_folder, make_adapter, tmp_path):
     make_adapter(tiny_llama_folder, tmp_path / "adapter")
     exact, found, without = (
@@ -186,6 +246,15 @@ def test_a_slow_reference_is_refused(monkeypatch):
     monkeypatch.setattr(int8, "_seconds", lambda run: next(seconds))
     with pytest.raises(ValueError, match="eight-bit products take 100 times as long as float32 ones"):
         dtypes.choose_dtype("int8+float32", torch.device("cpu"), None)
+
+
+def test_speed_is_measured_on_one_core(monkeypatch, cores):
+    seen = []
+    monkeypatch.setattr(int8, "_seconds", lambda run: seen.append(torch.get_num_threads()) or 1.0)
+    cores(4)
+    check_products()
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == 4
 
 
 def test_a_torch_without_the_product_is_an_error(monkeypatch):

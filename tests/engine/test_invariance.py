@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from bivec.engine import ops
 from bivec.engine.encoder import Encoder
+from bivec.engine.int8 import check_products
 from bivec.engine.layers import CpuLayer
+from bivec.engine.model import LlamaModel
 from bivec.engine.packing import PackedBatch
 from bivec.engine.runner import Runner
+from bivec.engine.weights import load_model
 from bivec.kernels.pooling import pool
 
 TEXT = "the quick brown fox jumps over a lazy packed batch of München 北京 😀 sequences"
@@ -37,6 +40,13 @@ def wide_llama_folder(tmp_path_factory, make_checkpoint):
         num_key_value_heads=3,
         initializer_range=0.05,
     )
+
+
+def skip_without_int8() -> None:
+    try:
+        check_products()
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -112,8 +122,10 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8+bfloat16"])
 def test_passes_side_by_side_give_the_bits_of_one_on_all_cores(python, wide_llama_folder, dtype):
+    if dtype.startswith("int8"):
+        skip_without_int8()
     found = python(ON_TWO_CORES, wide_llama_folder, dtype, TEXT, OMP_NUM_THREADS="2")
     assert found.pop("passes") >= 8  # four at least of each call
     assert found.pop("threads") >= 2
@@ -194,6 +206,19 @@ def test_attention_that_depends_on_its_company_takes_sequences_one_by_one(tiny_l
     assert f"{found}: sequences are attended one by one" in caplog.text
     assert encoder.describe()["backend"]["equal-length attention"] == f"one by one: {found}"
     assert_company_changes_nothing(encoder)
+
+
+def test_attention_of_what_is_taken_in_batches_is_not_tried(tiny_llama_folder, tainted_attention, cores, monkeypatch):
+    monkeypatch.setattr(ops, "attends_in_batches", lambda *_: True)
+    model = load_model(LlamaModel, tiny_llama_folder, torch.float32)
+    cores(4)
+    tainted_attention(lambda num_sequences, length: 1e-3 * (torch.get_num_threads() - 1) if length == 33 else 0.0)
+    runner = Runner(model, "sdpa")
+    if not runner.in_batches:
+        pytest.skip("batches have other bits in company on this processor")
+    assert runner.one_core == ""
+    monkeypatch.setattr(ops, "attends_in_batches", lambda *_: False)
+    assert Runner(model, "sdpa").one_core == "attention over 33 tokens has other bits on 4 cores than on one"
 
 
 def test_attention_that_depends_on_the_number_of_cores_has_one(tiny_llama_folder, tainted_attention, cores, caplog):
