@@ -19,9 +19,9 @@ from bivec import Encoder
 from .embed import choose_texts, describe_texts
 from .machine import BusyElsewhere, describe_machine, warn_if_disturbed
 from .shapes import SHAPES, write_checkpoint
-from .texts import DATA, synthetic_mix
-from .timing import argument_parser, num_rounds, report
-from .where_time_goes import DTYPES
+from .texts import synthetic_mix
+from .timing import num_rounds, report
+from .where_time_goes import dtypes_parser
 
 BASE = "bfloat16"  # what the others are compared with
 _CHILD = [
@@ -33,15 +33,7 @@ _CHILD = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="135M")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
-    parser.add_argument("--texts", type=Path, help="a text a line, may end in .gz; else a mix of real ones from --data")
-    parser.add_argument("--data", type=Path, default=DATA, help="holds wiki/*.gz, tatoeba/*.gz (default: %(default)s)")
-    parser.add_argument("--synthetic", action="store_true", help="made-up texts, which need no data")
-    parser.add_argument("--num-texts", type=int)
-    arguments = parser.parse_args(argv)
+    arguments = dtypes_parser(__doc__).parse_args(argv)
     shape = "quick" if arguments.quick else arguments.shape
     num_texts = arguments.num_texts or (24 if arguments.quick else 64)
     mix, texts = choose_texts(arguments.texts, arguments.data, arguments.synthetic, num_texts)

@@ -7,6 +7,7 @@ what no operator takes, Python and waiting for the other pass, is `rest`. Where 
 written, it counts as that. oneDNN's own timer, in a call of its own, says what its primitives take in it.
 """
 
+import argparse
 import os
 import re
 import sys
@@ -31,15 +32,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="135M")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
-    parser.add_argument("--texts", type=Path, help="a text a line, may end in .gz; else a mix of real ones from --data")
-    parser.add_argument("--data", type=Path, default=DATA, help="holds wiki/*.gz, tatoeba/*.gz (default: %(default)s)")
-    parser.add_argument("--synthetic", action="store_true", help="made-up texts, which need no data")
-    parser.add_argument("--num-texts", type=int)
-    arguments = parser.parse_args(argv)
+    arguments = dtypes_parser(__doc__).parse_args(argv)
     if torch.device(arguments.device).type != "cpu":
         raise ValueError(f"--device must be cpu, got {arguments.device}: a GPU's kernels are told by `benchmark embed`")
     shape = "quick" if arguments.quick else arguments.shape
@@ -56,6 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     report("where_time_goes", rows, machine=describe_machine(), output=arguments.output, **facts)
     warn_if_disturbed(busy)
     return 0
+
+
+def dtypes_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of several dtypes of one shape over a mix of texts."""
+    parser = argument_parser(description)
+    parser.add_argument("--shape", choices=SHAPES, default="135M")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), help="default: %(default)s")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json[.gz] or its folder; else one is trained here")
+    parser.add_argument("--texts", type=Path, help="a text a line, may end in .gz; else a mix of real ones from --data")
+    parser.add_argument("--data", type=Path, default=DATA, help="holds wiki/*.gz, tatoeba/*.gz (default: %(default)s)")
+    parser.add_argument("--synthetic", action="store_true", help="made-up texts, which need no data")
+    parser.add_argument("--num-texts", type=int)
+    return parser
 
 
 def _row(folder: str, dtype: str, texts: list[str], num_tokens: int, rounds: int) -> dict:
